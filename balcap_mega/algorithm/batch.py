@@ -1,0 +1,56 @@
+"""What the algorithm reads: rewards of a whole global batch, and the tokens one microbatch trains on."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Reward components of the N rollouts of one step, over all data-parallel ranks.
+
+    names:             the K component names, e.g. ("precision", "recall", "linguistic")
+    values:            [K, N] float32 in [0, 1]; what stands at a missing entry is never read
+    valid:             [K, N] bool, False where the judge failed (missing, which is not 0)
+    lengths:           [N] float32, caption lengths in the gate's unit (words or tokens)
+    reference_lengths: [N] float32, the same of each rollout's reference
+    group_ids:         [N] int64 in [0, P), rollouts of one prompt share one id; groups may have any size
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+    valid: Tensor
+    lengths: Tensor
+    reference_lengths: Tensor
+    group_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """values: [N] float32; per_component: [K, N] float32, before weighting; gated: [N] bool, linguistic set to 0."""
+
+    values: Tensor
+    per_component: Tensor
+    gated: Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The R response tokens of one microbatch, sequence after sequence; all [R].
+
+    targets:           int64 vocabulary ids
+    sequence_ids:      int64 in [0, N): which rollout of the global batch a token belongs to, non-decreasing runs
+    advantages:        float32, the sequence's advantage at each of its tokens
+    old_logprobs:      float32 under the policy at the start of the step (equal to the current one on the first update)
+    rollout_logprobs:  float32 as the engine reported them while sampling
+    reference_logprobs: float32 under the frozen reference policy, or None when no KL is asked for
+    sequence_lengths:  float32, the number of response tokens of the sequence a token belongs to
+    """
+
+    targets: Tensor
+    sequence_ids: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor
+    rollout_logprobs: Tensor
+    reference_logprobs: Tensor | None
+    sequence_lengths: Tensor

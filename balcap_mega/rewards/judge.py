@@ -1,0 +1,75 @@
+"""The judge interface: a caption goes in, a verdict on each assertion and three quality scores come out."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import harmonic_mean, mean
+from typing import Protocol
+
+from balcap_mega.data.records import CaptionRecord
+
+COMPONENTS = ("precision", "recall", "linguistic")
+
+
+class Verdict(StrEnum):
+    """What the judge found about one assertion (BalCapRL, section on precision with pointability)."""
+
+    VERIFIED = "verified"  # true of the image and pointable
+    WRONG = "wrong"  # contradicted by the image
+    NOT_POINTABLE = "not_pointable"  # points at nothing visible, true or not
+
+
+@dataclass(frozen=True)
+class Assertion:
+    """One atomic claim; `caption[start:stop]` is the text that makes it."""
+
+    text: str
+    start: int
+    stop: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's reply about one caption. A field is None when that part of the judging failed: missing, never 0."""
+
+    assertions: tuple[Assertion, ...] | None
+    covered: tuple[bool, ...] | None  # one per reference unit
+    clarity: float | None  # the three quality scores lie in [0, 1]
+    fluency: float | None
+    coherency: float | None
+
+    @property
+    def precision(self) -> float | None:
+        """Assertions verified and pointable over all assertions; a caption that asserts nothing has 0."""
+        if self.assertions is None:
+            return None
+        if not self.assertions:
+            return 0.0
+        return sum(a.verdict is Verdict.VERIFIED for a in self.assertions) / len(self.assertions)
+
+    @property
+    def recall(self) -> float | None:
+        """Reference units covered over all reference units; None where the reference has no unit."""
+        return mean(map(float, self.covered)) if self.covered else None
+
+    @property
+    def linguistic(self) -> float | None:
+        scores = (self.clarity, self.fluency, self.coherency)
+        return None if None in scores else mean(scores)
+
+    def components(self) -> dict[str, float | None]:
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+
+def b_capscore(precision: float, recall: float, linguistic: float) -> float:
+    """Harmonic mean of the three components, on their own scale (BalCapRL's evaluation score)."""
+    return harmonic_mean((precision, recall, linguistic))
+
+
+class Judge(Protocol):
+    """Judges captions one by one, as they finish; a future that never raises for a failed reply (see `Judgement`)."""
+
+    def submit(self, record: CaptionRecord, caption: str) -> Future[Judgement]: ...
+
+    def close(self) -> None: ...
