@@ -1,0 +1,217 @@
+"""A run, typed: every key a YAML file may hold, its type, its default and its bounds.
+
+Unknown keys are refused (`load.py` names the nearest one). Checks that need only one section stand with it; checks
+across sections stand in `RunConfig`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The policy: a Hugging Face folder, or a small random one made on the spot for the CPU quickstart and tests."""
+
+    path: str | None = None
+    tiny: Literal["qwen2_5_vl", "llava"] | None = None
+    freeze_vision: bool = True
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "blockwise"
+    recompute: Literal["none", "selective", "full"] = "none"
+
+    @model_validator(mode="after")
+    def one_source(self):
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError(
+                "set exactly one of model.path (a Hugging Face folder) and model.tiny (qwen2_5_vl or llava)"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    """Megatron layout; data parallelism is what remains of the world size."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    sequence: bool = False
+    distributed_optimizer: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_seconds: Positive = 600
+
+    @model_validator(mode="after")
+    def sequence_needs_tensor(self):
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence=true needs parallel.tensor >= 2; set parallel.sequence=false")
+        return self
+
+
+class DataConfig(Section):
+    """`scenes` draws its images from the seed; `sharegpt4v` and `jsonl` read `path` and find images under `image_root`."""
+
+    source: Literal["scenes", "sharegpt4v", "jsonl"] = "scenes"
+    path: str | None = None
+    image_root: str | None = None
+    train_size: Positive = 4096
+    eval_size: Positive = 256
+    image_backend: Literal["pil", "dali"] = "pil"
+    max_missing_fraction: Fraction = 0.01
+
+    @model_validator(mode="after")
+    def files_need_a_path(self):
+        if self.source != "scenes" and self.path is None:
+            raise ValueError(f"data.source={self.source} needs data.path, the annotation file")
+        return self
+
+
+class WarmupConfig(Section):
+    """Supervised steps before RL. On `scenes` they teach a fluent captioner with realistic flaws."""
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    batch_size: Positive = 64
+    learning_rate: NonNegative = 1e-3
+
+
+class RolloutConfig(Section):
+    """vLLM: prompts a step, captions a prompt, and how they are sampled."""
+
+    prompts_per_step: Positive = 64
+    group_size: Annotated[int, Field(ge=2)] = 8
+    max_tokens: Positive = 512
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tensor_parallel: Positive = 1
+    max_model_len: Positive = 4096
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    fp8: bool = False
+    verify_refit: bool = False
+    timeout_seconds: Positive = 600
+
+
+class LengthGateConfig(Section):
+    """Caption length over reference length, both in `unit`; the bounds are inclusive. τ_l and τ_u of BalCapRL."""
+
+    lower: NonNegative = 0.5
+    upper: NonNegative = 2.0
+    unit: Literal["words", "tokens"] = "words"
+
+    @model_validator(mode="after")
+    def ordered(self):
+        if self.lower > self.upper:
+            raise ValueError(f"lower={self.lower} is above upper={self.upper}; the gate would refuse every caption")
+        return self
+
+
+class AlgorithmConfig(Section):
+    """Rewards to gradient, as the README's algorithm section numbers it. Weights go by name, never by position."""
+
+    weights: dict[Literal["precision", "recall", "linguistic"], NonNegative] = {
+        "precision": 1.0,
+        "recall": 1.0,
+        "linguistic": 1.0,
+    }
+    normalization: Literal["gdpo", "grpo"] = "gdpo"
+    length_control: Literal["gate", "linear", "none"] = "gate"
+    gate: LengthGateConfig = LengthGateConfig()
+    linear_penalty: NonNegative = 1.0
+    whiten: bool = True
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    kl_weight: NonNegative = 0.0
+    importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
+    ratio_level: Literal["token", "sequence"] = "token"
+    entropy_weight: NonNegative = 0.0
+    fused: bool = True
+
+    @model_validator(mode="after")
+    def some_weight(self):
+        if not any(self.weights.values()):
+            raise ValueError("every weight is 0; give at least one component a positive weight")
+        return self
+
+
+class JudgeEndpoint(Section):
+    """An OpenAI-compatible endpoint. The key is read from the environment variable `api_key_env`, never from here."""
+
+    base_url: str
+    model: str
+    api_key_env: str | None = None
+    concurrency: Positive = 64
+    timeout_seconds: Positive = 120
+    max_retries: Annotated[int, Field(ge=0)] = 4
+
+
+class RewardConfig(Section):
+    """Who judges: the rules of `scenes`, or a multimodal LLM, with another endpoint for a component if wanted."""
+
+    judge: Literal["scenes", "mllm"] = "scenes"
+    endpoint: JudgeEndpoint | None = None
+    component_endpoints: dict[Literal["precision", "recall", "linguistic"], JudgeEndpoint] = {}
+    cache_dir: str | None = None
+    max_missing_fraction: Fraction = 0.2
+
+    @model_validator(mode="after")
+    def mllm_needs_endpoint(self):
+        if self.judge == "mllm" and self.endpoint is None:
+            raise ValueError("rewards.judge=mllm needs rewards.endpoint.base_url and rewards.endpoint.model")
+        return self
+
+
+class PackingConfig(Section):
+    """Microbatches of at most `row_tokens` tokens; each prompt's image and text once, unless told otherwise."""
+
+    row_tokens: Positive = 16384
+    shared_prefix: bool = True
+
+
+class OptimizerConfig(Section):
+    learning_rate: NonNegative = 1e-6
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    updates_per_step: Positive = 1  # minibatches that one step's rollouts are split into
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class CheckpointConfig(Section):
+    every: Positive = 50
+    keep: Positive = 2
+
+
+class RunConfig(Section):
+    """One training run. `balcap_mega.config.load.load_config` builds it from YAML and `key=value` overrides."""
+
+    output_dir: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[int, Field(ge=0)] = 1000
+    eval_every: Annotated[int, Field(ge=0)] = 0  # 0: before and after RL only
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    packing: PackingConfig = PackingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def judge_fits_data(self):
+        if (self.rewards.judge == "scenes") != (self.data.source == "scenes"):
+            raise ValueError(
+                f"rewards.judge={self.rewards.judge} cannot judge data.source={self.data.source}: "
+                "the rule-based judge knows only the scenes it was drawn from; use rewards.judge=mllm for real images"
+            )
+        return self
