@@ -16,5 +16,11 @@ setup(
     # Hugging Face package which transformers and vLLM import when it is there.
     packages=[*find_packages(include=["balcap_mega", "balcap_mega.*"]), "balcap_mega.kernels"],
     package_dir={"balcap_mega.kernels": "kernels"},
+    entry_points={
+        # vLLM runs this in every process it starts, before it looks at a model.
+        "vllm.general_plugins": [
+            "balcap_mega = balcap_mega.models.torchvision_operators:declare_torchvision_operators",
+        ]
+    },
     package_data={"balcap_mega": ["**/*.txt", "**/*.md", "**/*.json", "**/*.html"]},
 )
