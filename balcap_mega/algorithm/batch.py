@@ -41,7 +41,8 @@ class TokenBatch:
     targets:           int64 vocabulary ids
     sequence_ids:      int64 in [0, N): which rollout of the global batch a token belongs to, non-decreasing runs
     advantages:        float32, the sequence's advantage at each of its tokens
-    old_logprobs:      float32 under the policy at the start of the step (equal to the current one on the first update)
+    old_logprobs:      float32 under the policy at the start of the step; None on the first update after it, where they
+                       are the current ones (detached), so that the ratio is exactly 1 and no extra forward is spent
     rollout_logprobs:  float32 as the engine reported them while sampling
     reference_logprobs: float32 under the frozen reference policy, or None when no KL is asked for
     sequence_lengths:  float32, the number of response tokens of the sequence a token belongs to
@@ -50,7 +51,7 @@ class TokenBatch:
     targets: Tensor
     sequence_ids: Tensor
     advantages: Tensor
-    old_logprobs: Tensor
+    old_logprobs: Tensor | None
     rollout_logprobs: Tensor
     reference_logprobs: Tensor | None
     sequence_lengths: Tensor
