@@ -1,7 +1,7 @@
 """A run, typed: every key a YAML file may hold, its type, its default and its bounds.
 
 Unknown keys are refused (`load.py` names the nearest one). Checks that need only one section stand with it; checks
-across sections stand in `RunConfig`.
+across sections stand in `RunConfig`. Their messages read "problem; remedy", which `load.py` splits.
 """
 
 from typing import Annotated, Literal
@@ -32,7 +32,8 @@ class ModelConfig(Section):
     def one_source(self):
         if (self.path is None) == (self.tiny is None):
             raise ValueError(
-                "set exactly one of model.path (a Hugging Face folder) and model.tiny (qwen2_5_vl or llava)"
+                f"path={self.path} and tiny={self.tiny}; set exactly one of model.path (a Hugging Face folder) and "
+                "model.tiny (qwen2_5_vl or llava), the other to null"
             )
         return self
 
@@ -50,12 +51,12 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def sequence_needs_tensor(self):
         if self.sequence and self.tensor == 1:
-            raise ValueError("parallel.sequence=true needs parallel.tensor >= 2; set parallel.sequence=false")
+            raise ValueError("sequence=true needs tensor >= 2; set parallel.sequence=false or raise parallel.tensor")
         return self
 
 
 class DataConfig(Section):
-    """`scenes` draws its images from the seed; `sharegpt4v` and `jsonl` read `path` and find images under `image_root`."""
+    """`scenes` draws its images from the seed; the others read `path` and find images under `image_root`."""
 
     source: Literal["scenes", "sharegpt4v", "jsonl"] = "scenes"
     path: str | None = None
@@ -68,7 +69,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def files_need_a_path(self):
         if self.source != "scenes" and self.path is None:
-            raise ValueError(f"data.source={self.source} needs data.path, the annotation file")
+            raise ValueError(f"source={self.source} reads a file; set data.path to the annotations")
         return self
 
 
@@ -106,7 +107,10 @@ class LengthGateConfig(Section):
     @model_validator(mode="after")
     def ordered(self):
         if self.lower > self.upper:
-            raise ValueError(f"lower={self.lower} is above upper={self.upper}; the gate would refuse every caption")
+            raise ValueError(
+                f"lower={self.lower} is above upper={self.upper}, no caption would pass; "
+                "give lower <= upper, such as 0.5 and 2.0"
+            )
         return self
 
 
@@ -136,7 +140,7 @@ class AlgorithmConfig(Section):
     @model_validator(mode="after")
     def some_weight(self):
         if not any(self.weights.values()):
-            raise ValueError("every weight is 0; give at least one component a positive weight")
+            raise ValueError("every weight is 0; give at least one of precision, recall, linguistic a positive weight")
         return self
 
 
@@ -163,7 +167,7 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def mllm_needs_endpoint(self):
         if self.judge == "mllm" and self.endpoint is None:
-            raise ValueError("rewards.judge=mllm needs rewards.endpoint.base_url and rewards.endpoint.model")
+            raise ValueError("judge=mllm asks an endpoint; set rewards.endpoint.base_url and rewards.endpoint.model")
         return self
 
 
@@ -211,7 +215,7 @@ class RunConfig(Section):
     def judge_fits_data(self):
         if (self.rewards.judge == "scenes") != (self.data.source == "scenes"):
             raise ValueError(
-                f"rewards.judge={self.rewards.judge} cannot judge data.source={self.data.source}: "
-                "the rule-based judge knows only the scenes it was drawn from; use rewards.judge=mllm for real images"
+                f"rewards.judge={self.rewards.judge} cannot judge data.source={self.data.source}; the rule-based judge "
+                "knows only scenes: use judge=scenes with source=scenes and judge=mllm with any other"
             )
         return self

@@ -1,0 +1,28 @@
+"""How an entry point ends when its user's input is wrong: one line, exit status 2."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from balcap_mega.errors import UserError
+
+RANK_0_SPEAKS_FIRST = 2.0  # seconds
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a `UserError` into one line on stderr and exit status 2; any other exception keeps its traceback.
+
+    Most bad input fails on every rank at once: rank 0 says so, and torchrun ends the others while they wait. What
+    fails on another rank only (a file missing on its node) is said by that rank after the wait.
+    """
+    try:
+        yield
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(RANK_0_SPEAKS_FIRST)
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,139 @@
+"""YAML and `key=value` overrides to a `RunConfig`; each mistake is one `UserError` with where and remedy."""
+
+import re
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from balcap_mega.config.schema import RunConfig, Section
+from balcap_mega.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML's safe loader reads it, but a key given twice is an error and `1e-6` is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run from a YAML file; each override is `dotted.key=value`, its value parsed as YAML, the last one wins.
+
+    Raises UserError for a file that cannot be read, a key given twice, an unknown key (naming the nearest one), and any
+    value that the schema refuses.
+    """
+    tree = _read(Path(path))
+    overridden = [_apply(tree, override) for override in overrides]
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        complaints = [_explain(detail, path, overridden) for detail in error.errors(include_url=False)]
+        problems, remedies = zip(*complaints)
+        raise UserError("; ".join(problems), remedy="; ".join(dict.fromkeys(remedies))) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved run as YAML, every default spelled out; `load_config` reads it back to an equal value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every key a file may hold, sections before what is in them (`*`: any name): `model`, `model.path`, …"""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        entry = "*." if get_origin(field.annotation) is dict else ""
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from dotted_keys(kind, f"{prefix}{name}.{entry}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the config {path}: {error.strerror}", remedy="give a YAML file, see configs/"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {_where(error)}", remedy="mend that line") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no keys", remedy="write one `key: value` a line, see configs/")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Set one override in place and return its dotted key."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {override!r} is not key=value", remedy="write it like rollout.group_size=8")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r} has no valid YAML value: {_where(error)}", remedy="quote it") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for depth, name in enumerate(parents, start=1):
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            parent = ".".join(parents[:depth])
+            raise UserError(f"override {override!r}: {parent} is a value, not a section", remedy=f"set {parent} itself")
+    node[leaf] = value
+    return key
+
+
+def _explain(detail: dict[str, Any], path: str | Path, overridden: Iterable[str]) -> tuple[str, str]:
+    """One pydantic error as (problem, remedy)."""
+    key = ".".join(str(part) for part in detail["loc"] if part != "[key]")
+    value, kind = detail["input"], detail["type"]
+    where = "override" if any(f"{key}.".startswith(f"{other}.") for other in overridden) else f"{path}:"
+    if kind == "extra_forbidden":
+        where = "override" if any(f"{other}.".startswith(f"{key}.") for other in overridden) else where
+        return f"{where} {key} is no known key", _advice(key)
+    if kind == "missing":
+        return f"{path}: {key} is missing", f"add {key}"
+    if kind == "value_error":  # our own validators say "problem; remedy"
+        problem, _, remedy = str(detail["ctx"]["error"]).rpartition("; ")
+        return f"{path}: {key}: {problem}" if key else f"{path}: {problem}", remedy
+    if detail["loc"][-1] == "[key]":
+        return f"{where} {key} is no known key", detail["msg"].replace("Input", "the key")
+    return f"{where} {key}={value!r} is refused", detail["msg"].replace("Input", "it")
+
+
+def _advice(key: str) -> str:
+    """The key meant, if one is near: a sibling, or the same name in another section."""
+    parent, _, name = key.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    places = {known: known.rpartition(".") for known in dotted_keys()}
+    siblings = [leaf for section, _, leaf in places.values() if fnmatchcase(parent, section)]
+    if near := get_close_matches(name, siblings, n=1):
+        return f"did you mean {prefix}{near[0]}?"
+    elsewhere = {leaf: known for known, (_, _, leaf) in reversed(places.items()) if "*" not in known}
+    if near := get_close_matches(name, elsewhere, n=1, cutoff=0.7):
+        return f"did you mean {elsewhere[near[0]]}?"
+    return f"known here: {', '.join(siblings)}" if siblings else f"{parent} has no keys of its own"
+
+
+def _where(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """`line 3: what is wrong`, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error)
+    return f"line {mark.line + 1}: {error.problem}"

@@ -1,0 +1,214 @@
+"""Checks that need more than the config itself: the world size, files, the model folder, what the output folder holds.
+
+All of them read only, so every rank runs them, before any process group, model or engine exists.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from balcap_mega.config.load import load_config
+from balcap_mega.config.schema import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
+from balcap_mega.errors import UserError
+
+RESOLVED_CONFIG = "config.yaml"  # `dump_config` of the run an output folder holds
+ARCHITECTURES = ("qwen2_5_vl", "llava")  # `model_type` of a Hugging Face config.json
+PROCESSOR_FILES = (  # in each row, one of them
+    ("tokenizer_config.json",),
+    ("preprocessor_config.json", "processor_config.json"),  # transformers before and since version 5
+)
+
+# What the same run may change when it goes on; every other key would make it another run. A name stands for all below.
+MAY_CHANGE = (
+    "output_dir",
+    "steps",
+    "eval_every",
+    "checkpoint",
+    "parallel.timeout_seconds",
+    "rollout.timeout_seconds",
+    "rollout.memory_fraction",
+    "rewards.endpoint",
+    "rewards.component_endpoints",
+    "rewards.cache_dir",
+)
+
+
+def preflight(config: RunConfig, world_size: int) -> bool:
+    """Check a run before any work; return whether `config.output_dir` holds this very run, to be gone on with.
+
+    Raises UserError naming the key, its value and the remedy.
+    """
+    check_batch(config, world_size)
+    check_device(config)
+    check_data(config.data)
+    if config.model.path is not None:
+        check_model(config.model, config.parallel, config.rollout)
+    return check_output(config)
+
+
+def check_batch(config: RunConfig, world_size: int) -> None:
+    """Do the parallel sizes divide the world, and the prompts of a step the ranks and updates that share them?"""
+    parallel, rollout = config.parallel, config.rollout
+    shards = parallel.tensor * parallel.pipeline
+    if world_size % shards:
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} does not divide the "
+            f"{world_size} processes started",
+            remedy=f"start a multiple of {shards} (torchrun --nproc-per-node) or lower one of them",
+        )
+    if world_size % rollout.tensor_parallel:
+        raise UserError(
+            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {world_size} processes started",
+            remedy=f"set it to a divisor of {world_size}",
+        )
+    data_parallel, replicas = world_size // shards, world_size // rollout.tensor_parallel
+    updates = config.optimizer.updates_per_step
+    if rollout.prompts_per_step % (data_parallel * updates):
+        raise UserError(
+            f"rollout.prompts_per_step={rollout.prompts_per_step} cannot be shared evenly by data-parallel size "
+            f"{data_parallel} x optimizer.updates_per_step={updates}",
+            remedy=f"set rollout.prompts_per_step to a multiple of {data_parallel * updates}",
+        )
+    if rollout.prompts_per_step % replicas:
+        raise UserError(
+            f"rollout.prompts_per_step={rollout.prompts_per_step} cannot be shared evenly by the {replicas} engines "
+            f"that rollout.tensor_parallel={rollout.tensor_parallel} leaves of {world_size} processes",
+            remedy=f"set rollout.prompts_per_step to a multiple of {replicas}",
+        )
+    if rollout.prompts_per_step > config.data.train_size:
+        raise UserError(
+            f"rollout.prompts_per_step={rollout.prompts_per_step} exceeds data.train_size={config.data.train_size}",
+            remedy="raise data.train_size or lower rollout.prompts_per_step",
+        )
+    if rollout.max_tokens >= rollout.max_model_len:
+        raise UserError(
+            f"rollout.max_tokens={rollout.max_tokens} leaves no room for the image and the prompt in "
+            f"rollout.max_model_len={rollout.max_model_len}",
+            remedy="raise rollout.max_model_len or lower rollout.max_tokens",
+        )
+    if config.packing.row_tokens < rollout.max_model_len:
+        raise UserError(
+            f"packing.row_tokens={config.packing.row_tokens} is less than rollout.max_model_len="
+            f"{rollout.max_model_len}: one image with one caption might not fit a row",
+            remedy=f"set packing.row_tokens to at least {rollout.max_model_len}",
+        )
+
+
+def check_device(config: RunConfig) -> None:
+    """Is there a GPU where one is asked for, and one for each process of this node?"""
+    device, count = config.parallel.device, torch.cuda.device_count()
+    if device == "cuda" and not count:
+        raise UserError("parallel.device=cuda but no CUDA device is visible", remedy="set parallel.device=cpu or auto")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device != "cpu" and 0 < count < local:
+        raise UserError(
+            f"{local} processes were started on this node, which has {count} CUDA devices",
+            remedy=f"start it with torchrun --nproc-per-node {count}",
+        )
+    on_cpu = device == "cpu" or not count
+    if on_cpu and (config.model.fp8 != "none" or config.rollout.fp8):
+        key = f"model.fp8={config.model.fp8}" if config.model.fp8 != "none" else "rollout.fp8=true"
+        raise UserError(f"{key} needs a GPU and this run is on the CPU", remedy="set model.fp8=none rollout.fp8=false")
+
+
+def check_data(data: DataConfig) -> None:
+    """Can the annotations be read, and is the image folder there?"""
+    if data.path is not None:
+        try:
+            with open(data.path, "rb") as file:
+                empty = not file.read(1)
+        except OSError as error:
+            raise UserError(
+                f"cannot read data.path={data.path}: {error.strerror}", remedy="give the annotation file"
+            ) from None
+        if empty:
+            raise UserError(
+                f"data.path={data.path} is empty", remedy="give an annotation file with at least one record"
+            )
+    if data.image_root is not None and not os.path.isdir(data.image_root):
+        raise UserError(
+            f"data.image_root={data.image_root} is no folder", remedy="give the folder that holds the images"
+        )
+
+
+def check_model(model: ModelConfig, parallel: ParallelConfig, rollout: RolloutConfig) -> None:
+    """Is `model.path` a whole Hugging Face checkpoint of a known architecture, which the parallel sizes can cut?"""
+    folder, key = Path(model.path), f"model.path={model.path}"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{key} holds no readable config.json: {error.strerror}", remedy="give a Hugging Face model folder"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{key}: config.json is not valid JSON: {error}", remedy="download the model again") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"{key} is of architecture {kind!r}", remedy=f"give a checkpoint of one of: {', '.join(ARCHITECTURES)}"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{key} holds no *.safetensors", remedy="convert it: model.save_pretrained(folder)")
+    for names in PROCESSOR_FILES:
+        if not any((folder / name).exists() for name in names):
+            raise UserError(f"{key} lacks {' or '.join(names)}", remedy="save its processor there too")
+    check_shape(config.get("text_config", config), parallel, rollout)
+
+
+def check_shape(text: dict[str, Any], parallel: ParallelConfig, rollout: RolloutConfig) -> None:
+    """Can the language model be cut as asked? Sizes that a config leaves to its defaults are not checked."""
+    for name, cut, key in (
+        ("num_attention_heads", parallel.tensor, "parallel.tensor"),
+        ("num_key_value_heads", parallel.tensor, "parallel.tensor"),
+        ("num_hidden_layers", parallel.pipeline, "parallel.pipeline"),
+        ("num_attention_heads", rollout.tensor_parallel, "rollout.tensor_parallel"),
+    ):
+        if text.get(name, 0) % cut:
+            raise UserError(
+                f"{key}={cut} does not divide the model's {name}={text[name]}", remedy=f"set {key} to a divisor of it"
+            )
+    longest = text.get("max_position_embeddings", rollout.max_model_len)
+    if rollout.max_model_len > longest:
+        raise UserError(
+            f"rollout.max_model_len={rollout.max_model_len} is more than the model's {longest} positions",
+            remedy=f"set rollout.max_model_len to at most {longest}",
+        )
+
+
+def check_output(config: RunConfig) -> bool:
+    """Whether `output_dir` holds this run already; refuses one that holds another run, or files of no run."""
+    folder = Path(config.output_dir)
+    if not folder.exists():
+        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise UserError(f"output_dir={folder} cannot be made in {existing}", remedy="give a folder you may write")
+        return False
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"output_dir={folder} is no folder you may write", remedy="give another output_dir")
+    resolved = folder / RESOLVED_CONFIG
+    if not resolved.exists():
+        if any(folder.iterdir()):
+            raise UserError(
+                f"output_dir={folder} holds files but no {RESOLVED_CONFIG}, so it is no run of this program",
+                remedy="give an empty or a new output_dir",
+            )
+        return False
+    old, new = _leaves(load_config(resolved).model_dump()), _leaves(config.model_dump())
+    for key in old | new:
+        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{may}.") for may in MAY_CHANGE):
+            raise UserError(
+                f"output_dir={folder} holds another run: {key} was {old.get(key)!r} and is now {new.get(key)!r}",
+                remedy=f"give another output_dir, or set {key} back",
+            )
+    return True
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping of dotted keys to plain values."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return flat
