@@ -1,0 +1,221 @@
+"""What a Hugging Face folder's config.json says about a policy, typed; and the Megatron config that follows from it.
+
+Both families are covered at every size by configuration alone: Qwen2.5-VL (3B to 72B) and LLaVA-1.5 (7B, 13B).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from balcap_mega.config.schema import ModelConfig, ParallelConfig
+from balcap_mega.errors import UserError
+from balcap_mega.parallel.gradients import finalize_gradients
+from balcap_mega.parallel.platform import Platform
+
+Family = Literal["qwen2_5_vl", "llava"]
+TEXT_MODELS: dict[str, tuple[str, ...]] = {"qwen2_5_vl": ("qwen2_5_vl_text",), "llava": ("llama",)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the language model, in Hugging Face's terms, and the vision tower's own transformers config.
+
+    head_dim:       channels of one attention head
+    mrope_section:  how many of the head_dim/2 rotary frequencies follow the temporal, height and width position;
+                    all follow the first one where a family has a single position (LLaVA), which is plain rotary
+    vision:         the whole transformers config, from which the vision tower is built
+    """
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    qkv_bias: bool
+    tie_word_embeddings: bool
+    image_token_id: int
+    vision: PretrainedConfig
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Architecture":
+        """Read `folder/config.json`. Raises UserError for a missing file or a model that this policy cannot be."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise UserError(f"model.path={folder} holds no config.json", remedy="point it at a Hugging Face folder")
+        try:
+            model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is not JSON ({error})", remedy="download the checkpoint again") from error
+        if model_type not in TEXT_MODELS:
+            raise UserError(
+                f"{path}: model_type={model_type!r} is not a policy this framework trains",
+                remedy="use a Qwen2.5-VL (qwen2_5_vl) or LLaVA-1.5 (llava) checkpoint",
+            )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        text = config.text_config
+        rope = text.rope_parameters
+        requirements = {  # what every released checkpoint of the two families is; others would be computed wrongly
+            "text_config.model_type": (text.model_type, TEXT_MODELS[model_type]),
+            "text_config.hidden_act": (text.hidden_act, ("silu",)),
+            "rope_type": (rope.get("rope_type", "default"), ("default", "mrope")),
+            "use_sliding_window": (getattr(text, "use_sliding_window", False), (False,)),
+            "mlp_bias": (getattr(text, "mlp_bias", False), (False,)),
+            "text_config.attention_bias": (getattr(text, "attention_bias", False), (False,)),
+        }
+        if model_type == "llava":
+            requirements |= {
+                "vision_config.model_type": (config.vision_config.model_type, ("clip_vision_model",)),
+                "vision_feature_select_strategy": (config.vision_feature_select_strategy, ("default",)),
+                "type of vision_feature_layer": (type(config.vision_feature_layer).__name__, ("int",)),
+            }
+        for key, (value, supported) in requirements.items():
+            if value not in supported:
+                raise UserError(
+                    f"{path}: {key}={value!r} is not supported",
+                    remedy=f"use a checkpoint where it is {' or '.join(map(repr, supported))}",
+                )
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            family=model_type,
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            ffn_hidden_size=text.intermediate_size,
+            num_attention_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=head_dim,
+            vocab_size=text.vocab_size,
+            max_position_embeddings=text.max_position_embeddings,
+            rms_norm_eps=text.rms_norm_eps,
+            rope_theta=rope["rope_theta"],
+            mrope_section=tuple(rope["mrope_section"]) if model_type == "qwen2_5_vl" else (head_dim // 2, 0, 0),
+            qkv_bias=model_type == "qwen2_5_vl",
+            tie_word_embeddings=bool(config.tie_word_embeddings),
+            image_token_id=config.image_token_id,
+            vision=config,
+        )
+
+    def padded_vocab_size(self, tensor_size: int) -> int:
+        """Rows of the embedding and the head: the vocabulary, padded to a multiple of the tensor-parallel size."""
+        return -(-self.vocab_size // tensor_size) * tensor_size
+
+    def layers_per_stage(self, pipeline_size: int) -> list[int]:
+        """Decoder layers of each pipeline stage.
+
+        A remainder goes to the middle stages, then to the last, then to the first: the first also runs the vision
+        tower, the last also the head.
+        """
+        layers, remainder = divmod(self.num_layers, pipeline_size)
+        order = [*range(1, pipeline_size - 1), pipeline_size - 1, 0]
+        takes_one_more = set(order[:remainder])
+        return [layers + (stage in takes_one_more) for stage in range(pipeline_size)]
+
+    def check_layout(self, config: ParallelConfig) -> None:
+        """Refuse a layout this model cannot be cut into. Raises UserError, before anything is allocated."""
+        tensor, pipeline = config.tensor, config.pipeline
+        if self.num_attention_heads % tensor:
+            raise UserError(
+                f"parallel.tensor={tensor} does not divide the model's {self.num_attention_heads} attention heads",
+                remedy=f"use one of {_divisors(self.num_attention_heads)}",
+            )
+        if self.num_kv_heads % tensor and tensor % self.num_kv_heads:
+            raise UserError(
+                f"parallel.tensor={tensor} and the model's {self.num_kv_heads} key/value heads: neither divides the "
+                "other",
+                remedy=f"use one of {_divisors(self.num_kv_heads)}, or a multiple of {self.num_kv_heads}",
+            )
+        if self.ffn_hidden_size % tensor or self.hidden_size % tensor:
+            raise UserError(
+                f"parallel.tensor={tensor} does not divide the model's hidden_size={self.hidden_size} and "
+                f"intermediate_size={self.ffn_hidden_size}",
+                remedy="use a smaller power of two",
+            )
+        if pipeline > self.num_layers:
+            raise UserError(
+                f"parallel.pipeline={pipeline} is more than the model's {self.num_layers} layers",
+                remedy=f"use at most {self.num_layers}",
+            )
+
+    def transformer_config(self, model: ModelConfig, parallel: ParallelConfig, platform: Platform) -> TransformerConfig:
+        """Megatron's config for this model under that layout, on that device."""
+        dtype = platform.dtype(model.dtype)
+        stages = self.layers_per_stage(parallel.pipeline)
+        options = {}
+        if parallel.pipeline > 1:
+            options |= {
+                "pipeline_model_parallel_layout": _stage_layout(stages),
+                "pipeline_dtype": dtype,
+                "variable_seq_lengths": True,
+            }
+        if model.recompute == "full":
+            options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        elif model.recompute == "selective":
+            options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        if model.fp8 != "none":
+            options |= {
+                "fp8": model.fp8,
+                "fp8_recipe": model.fp8_recipe,
+                # Delayed scaling keeps one history for the whole model and cannot leave layers out.
+                "first_last_layers_bf16": model.fp8_recipe != "delayed",
+            }
+        return TransformerConfig(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_kv_heads,
+            kv_channels=self.head_dim,
+            normalization="RMSNorm",
+            layernorm_epsilon=self.rms_norm_eps,
+            activation_func=torch.nn.functional.silu,
+            gated_linear_unit=True,
+            add_bias_linear=False,
+            add_qkv_bias=self.qkv_bias,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            mrope_section=list(self.mrope_section),
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            sequence_parallel=parallel.sequence,
+            params_dtype=dtype,
+            bf16=dtype is torch.bfloat16,
+            use_cpu_initialization=not platform.is_cuda,
+            # Weights always come from a checkpoint; Megatron's initialisation still has to mark which ones TP cuts.
+            init_method=_leave_as_allocated,
+            output_layer_init_method=_leave_as_allocated,
+            gradient_accumulation_fusion=False,
+            bias_activation_fusion=platform.is_cuda,
+            bias_dropout_fusion=platform.is_cuda,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            apply_rope_fusion=False,
+            calculate_per_token_loss=True,
+            finalize_model_grads_func=finalize_gradients,
+            **options,
+        )
+
+
+def _leave_as_allocated(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _stage_layout(layers: list[int]) -> list[list[str]]:
+    stages = [["decoder"] * count for count in layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

@@ -1,0 +1,72 @@
+"""Layer specs of the language model: Megatron's own linears on a CPU, Transformer Engine's on a GPU.
+
+Both compute attention with `SegmentAttention`, which reads the packed row's segments where Megatron passes a mask.
+"""
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from balcap_mega.models.attention import SegmentAttention
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """PyTorch's RMSNorm with Megatron's constructor.
+
+    Under sequence parallelism each tensor-parallel rank normalises its own tokens, so its weight's gradient is a partial
+    sum; the weight's `sequence_parallel` mark makes `finalize_model_grads` add them up.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
+        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def block_spec(config: TransformerConfig, *, transformer_engine: bool) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline stage and the final norm."""
+    layer, norm = _transformer_engine_layer() if transformer_engine else _local_layer()
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+
+
+def _local_layer() -> tuple[ModuleSpec, type]:
+    return _layer(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, norm=RMSNorm, separate_norms=True)
+
+
+def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
+    """Norms are fused into the linear that follows them; fp8 is switched on by the config around each layer."""
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    column = TELayerNormColumnParallelLinear
+    return _layer(column, column, TERowParallelLinear, norm=TENorm, separate_norms=False)
+
+
+def _layer(qkv: type, fc1: type, row: type, *, norm: type, separate_norms: bool) -> tuple[ModuleSpec, type]:
+    layer_norm = norm if separate_norms else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(linear_qkv=qkv, core_attention=SegmentAttention, linear_proj=row),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=layer_norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=layer_norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return layer, norm

@@ -1,0 +1,187 @@
+"""The policy: a vision tower from transformers in front of a Megatron-Core language model.
+
+Parameter names (what checkpoints and resharding map from and to):
+
+    vision.visual.*                    Qwen2.5-VL tower, transformers' names; first pipeline stage only
+    vision.vision_tower.*              LLaVA's CLIP tower, transformers' names
+    vision.multi_modal_projector.*     LLaVA's projector
+    language_model.embedding.word_embeddings.weight            [padded_vocab / TP, H]; first stage
+    language_model.decoder.layers.{i}.self_attention.linear_qkv.{weight,bias}      i counts from 0 in each stage
+    language_model.decoder.layers.{i}.self_attention.linear_proj.weight
+    language_model.decoder.layers.{i}.mlp.linear_fc1.weight    gate and up, [2 * F / TP, H]
+    language_model.decoder.layers.{i}.mlp.linear_fc2.weight
+    language_model.decoder.layers.{i}.input_layernorm.weight       with Transformer Engine linears:
+                                                                   self_attention.linear_qkv.layer_norm_weight
+    language_model.decoder.layers.{i}.pre_mlp_layernorm.weight     with Transformer Engine linears:
+                                                                   mlp.linear_fc1.layer_norm_weight
+    language_model.decoder.final_layernorm.weight              last stage
+    language_model.output_layer.weight                         [padded_vocab / TP, H]; last stage; where embeddings are
+                                                               tied: absent at PP1, a copy kept in step at PP > 1
+
+Vision parameters are whole on every tensor-parallel rank. `linear_qkv` interleaves by key/value head: its heads' queries,
+then the key, then the value; with fewer key/value heads than TP ranks that layout is cut evenly all the same.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from balcap_mega.config.schema import ModelConfig, ParallelConfig
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.layer_specs import block_spec
+from balcap_mega.models.vision import VisionInputs, build_vision_tower, encode_images
+from balcap_mega.parallel.gradients import PARTIAL_OVER_TENSOR_PARALLEL
+from balcap_mega.parallel.groups import current_layout
+from balcap_mega.parallel.platform import Platform
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""(hidden [R, H], head weight [padded_vocab / TP, H]) -> whatever the last stage shall return.
+
+Its backward must give this rank's own part of d-hidden, that of its vocabulary slice: the policy sums over TP.
+Rows of the weight at and above `Architecture.vocab_size` are padding and must be left out.
+"""
+
+
+class LanguageModel(GPTModel):
+    """Megatron's GPTModel whose last stage hands hidden states to an objective instead of making logits."""
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[1, S] ids -> [S, 1, H] embeddings of all S tokens, on every tensor-parallel rank."""
+        return self.embedding(input_ids=tokens, position_ids=None)
+
+    def forward(
+        self,
+        embeddings: Tensor | None,
+        position_ids: Tensor,
+        segments: Tensor,
+        hidden_rows: Tensor,
+        objective: Objective,
+    ) -> Tensor:
+        """Hidden states for the next stage, or on the last one the objective's value (see `VisionLanguagePolicy`)."""
+        hidden = self.decoder(
+            hidden_states=embeddings,  # None after the first stage: the schedule has set the input tensor
+            attention_mask=segments,
+            rotary_pos_emb=self.rotary_pos_emb(position_ids, self.mrope_section),
+        )
+        if not self.post_process:
+            return hidden
+        # Backward of either adds up, over TP, what each rank's vocabulary slice contributes to d-hidden.
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        return objective(hidden[:, 0].index_select(0, hidden_rows), self.head_weight())
+
+    def head_weight(self) -> Tensor:
+        """This rank's [padded_vocab / TP, H] slice of the LM head; the embedding's own where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+class VisionLanguagePolicy(MegatronModule):
+    """One pipeline stage of the policy. Build it with `build_policy`, then load weights, then wrap it for training."""
+
+    def __init__(
+        self, architecture: Architecture, config: TransformerConfig, *, freeze_vision: bool, transformer_engine: bool
+    ):
+        super().__init__(config)
+        layout = current_layout()
+        self.architecture = architecture
+        self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
+        self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
+        self.freeze_vision = freeze_vision
+        self.vision = build_vision_tower(architecture.vision) if layout.is_first_stage else None
+        if self.vision is not None:
+            self.vision.to(config.params_dtype)
+            for parameter in self.vision.parameters():
+                parameter.requires_grad_(parameter.requires_grad and not freeze_vision)
+                setattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, True)  # each TP rank encodes its share of the images
+        self.language_model = LanguageModel(
+            config,
+            block_spec(config, transformer_engine=transformer_engine),
+            vocab_size=architecture.padded_vocab_size(layout.tensor_size),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="mrope",
+            rotary_base=architecture.rope_theta,
+            scatter_embedding_sequence_parallel=False,  # image embeddings go in first
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        segments: Tensor,
+        hidden_rows: Tensor,
+        objective: Objective,
+        images: Sequence[VisionInputs] = (),
+        image_order: Sequence[int] = (),
+    ) -> Tensor:
+        """Run this stage on one packed row (see `packing.rows.PackedRow`); every TP rank passes the same arguments.
+
+        tokens:       [1, S] int64; under sequence parallelism S is a multiple of the tensor-parallel size
+        position_ids: [3, 1, S] int64
+        segments:     [M, 4] int32, which tokens attend to which
+        hidden_rows:  [R] int64, the rows of hidden states that the objective reads
+        objective:    called on the last stage only; its result is returned there
+        images:       the row's distinct images, each encoded once
+        image_order:  for each run of image tokens in the row, which of `images` it is
+        """
+        embeddings = self._embed(tokens, images, image_order) if self.pre_process else None
+        return self.language_model(embeddings, position_ids, segments, hidden_rows, objective)
+
+    def _embed(self, tokens: Tensor, images: Sequence[VisionInputs], image_order: Sequence[int]) -> Tensor:
+        """[1, S] ids -> [S, 1, H] embeddings with images in place; [S / TP, 1, H] under sequence parallelism."""
+        embeddings = self.language_model.embed(tokens)
+        if images:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+                encoded = encode_images(self.vision, images, parallel_state.get_tensor_model_parallel_group())
+            places = (tokens[0] == self.architecture.image_token_id).nonzero()[:, 0]
+            features = torch.cat([encoded[index] for index in image_order])
+            if len(places) != len(features):
+                raise ValueError(
+                    f"{len(places)} image tokens in the row, but {len(features)} image embeddings for them"
+                )
+            embeddings = embeddings.index_copy(0, places, features.unsqueeze(1).to(embeddings.dtype))
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings)
+        return embeddings
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """What the schedule received from the previous stage: [S, 1, H], or [S / TP, 1, H] under sequence parallelism."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """Asked for by Megatron, which sums the gradients of a tied embedding's two copies at PP > 1."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+
+def build_policy(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, platform: Platform
+) -> VisionLanguagePolicy:
+    """This rank's part of the policy, its weights allocated but not yet read.
+
+    Needs `initialize_parallel`; raises UserError where the model cannot be cut into this layout.
+    """
+    architecture.check_layout(parallel)
+    with platform.megatron(), torch.device(platform.device):
+        policy = VisionLanguagePolicy(
+            architecture,
+            architecture.transformer_config(model, parallel, platform),
+            freeze_vision=model.freeze_vision,
+            transformer_engine=platform.is_cuda,
+        )
+    return policy.to(platform.device)

@@ -1,0 +1,93 @@
+"""Process groups: torch.distributed and Megatron's parallel state, set up once a run from `ParallelConfig`."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from balcap_mega.config.schema import ParallelConfig
+from balcap_mega.errors import UserError
+from balcap_mega.parallel.platform import Platform
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """This rank's place in the tensor x pipeline x data grid, and the grid's extent."""
+
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def world_size() -> int:
+    """Ranks of this job, known before torch.distributed is: torchrun says so, and a bare `python` is one."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_world(config: ParallelConfig, world: int) -> None:
+    """Refuse a layout that does not tile `world` ranks. Raises UserError."""
+    model_parallel = config.tensor * config.pipeline
+    if world % model_parallel:
+        raise UserError(
+            f"parallel.tensor={config.tensor} x parallel.pipeline={config.pipeline} needs a multiple of "
+            f"{model_parallel} ranks, but this job has {world}",
+            remedy=f"start {-(-world // model_parallel) * model_parallel} ranks (torchrun --nproc-per-node), "
+            "or lower parallel.tensor or parallel.pipeline",
+        )
+
+
+def initialize_parallel(config: ParallelConfig, platform: Platform, seed: int = 0) -> ModelLayout:
+    """Start torch.distributed (unless it runs already), Megatron's groups and its random generators.
+
+    `config.timeout_seconds` bounds every collective, so that a dead rank ends the run instead of hanging it.
+    Raises UserError when the world does not fit the layout, before any process waits for another.
+    """
+    check_world(config, world_size())
+    timeout = timedelta(seconds=config.timeout_seconds)
+    if not torch.distributed.is_initialized():
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(platform.backend, timeout=timeout)
+        else:  # a bare `python`, without torchrun
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    with platform.megatron():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            distributed_timeout_minutes=config.timeout_seconds / 60,
+        )
+        model_parallel_cuda_manual_seed(seed)
+    return current_layout()
+
+
+def current_layout() -> ModelLayout:
+    """This rank's place, as Megatron's parallel state has it."""
+    return ModelLayout(
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def destroy_parallel() -> None:
+    """Drop Megatron's groups, so that another layout can be set up in the same processes; torch.distributed stays."""
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,48 @@
+"""Which device this process trains on, and what follows from that: backend, dtypes, how Megatron code is entered."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from balcap_mega.errors import UserError
+
+
+@dataclass(frozen=True)
+class Platform:
+    """`device` is this process's own; `backend` carries its collectives."""
+
+    device: torch.device
+    backend: Literal["gloo", "nccl"]
+
+    @classmethod
+    def resolve(cls, device: Literal["auto", "cpu", "cuda"]) -> "Platform":
+        """The platform that `parallel.device` asks for; `auto` takes the GPU where there is one."""
+        available = torch.cuda.is_available()
+        if device == "cuda" and not available:
+            raise UserError(
+                "parallel.device=cuda but PyTorch sees no GPU", remedy="set parallel.device=cpu or check the driver"
+            )
+        if device == "cpu" or not available:
+            return cls(torch.device("cpu"), "gloo")
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        return cls(torch.device("cuda", local_rank), "nccl")
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def dtype(self, name: Literal["float32", "bfloat16"]) -> torch.dtype:
+        """The dtype of parameters and activations; master weights and main gradients are float32 on either platform."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+    def megatron(self) -> AbstractContextManager[None]:
+        """Enter around every call into Megatron-Core: redirects it to the CPU there, does nothing on CUDA."""
+        if self.is_cuda:
+            return nullcontext()
+        from balcap_mega.parallel.cpu_redirects import cpu_redirects
+
+        return cpu_redirects()

@@ -1,0 +1,49 @@
+"""The pipeline schedule: microbatches through forward and backward, without pipelining or as 1F1B, by Megatron-Core."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+Microbatch = TypeVar("Microbatch")
+Metrics = TypeVar("Metrics")
+
+
+def run_schedule(
+    model: nn.Module,
+    microbatches: Sequence[Microbatch],
+    forward: Callable[[nn.Module, Microbatch], Tensor],
+    loss: Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, Metrics]],
+    *,
+    forward_only: bool = False,
+) -> list[Metrics]:
+    """Run every microbatch and, unless `forward_only`, leave the step's gradient in the parameters' `main_grad`.
+
+    forward(model, microbatch): this stage's output; on the last stage whatever the model's objective returned.
+    loss(microbatch, output):   on the last stage only: (loss summed over the microbatch, int32 normaliser, metrics).
+
+    Gradients are those of sum(loss) / sum(normaliser), both over all microbatches and data-parallel ranks
+    (`calculate_per_token_loss`; the division is done once, in `finalize_model_grads`), so a step's gradient does not
+    depend on how it was split. Data-parallel ranks may run different numbers of microbatches, pipeline stages may not.
+
+    Returns the metrics in the order of the microbatches on the last stage, and an empty list on the others.
+    """
+    if not microbatches:
+        raise ValueError("a step needs at least one microbatch on every rank")
+
+    def forward_step(iterator, stage):
+        microbatch = next(iterator)
+        return forward(stage, microbatch), lambda output: loss(microbatch, output)
+
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(microbatches),
+            model=model,
+            num_microbatches=len(microbatches),
+            seq_length=1,  # unused: stages tell each other each row's length (`variable_seq_lengths`)
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
