@@ -1,0 +1,137 @@
+"""The clipped policy-gradient objective, from the logprobs of response tokens to a scalar."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from balcap_mega.algorithm.batch import TokenBatch
+from balcap_mega.algorithm.metrics import PolicyMetrics
+from balcap_mega.config.schema import AlgorithmConfig
+
+# exp() of a larger difference of logprobs says nothing any more, and its overflow would turn a zero advantage into NaN.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """One microbatch's share of the objective.
+
+    loss_sum:   scalar float32, differentiable, not normalised
+    normaliser: scalar int64. The step's loss is Σ loss_sum / Σ normaliser over microbatches and data-parallel ranks, so
+                its gradient does not depend on how the step was split (Megatron: `calculate_per_token_loss=True`)
+    metrics:    detached
+    """
+
+    loss_sum: Tensor
+    normaliser: Tensor
+    metrics: PolicyMetrics
+
+
+def policy_loss(
+    logprobs: Tensor,
+    tokens: TokenBatch,
+    config: AlgorithmConfig,
+    *,
+    entropy: Tensor | None = None,
+    max_response_length: int | None = None,
+) -> PolicyLoss:
+    """The objective of the R response tokens of one microbatch, each rollout whole in it.
+
+        ρ_t  = exp(logp_t − old_t)               sequence level (GSPO, arXiv 2507.18071): exp(mean_t(logp_t − old_t))
+        pg_t = −min(ρ_t A, clip(ρ_t, 1 − ε_low, 1 + ε_high) A)     dual clip (arXiv 1912.09729): ≤ −c A where A < 0
+        w_t  = min(exp(old_t − rollout_t), C), a constant          truncated importance sampling; 1 where C is None
+        k3_t = exp(ref_t − logp_t) − (ref_t − logp_t) − 1          an unbiased estimate of KL(policy ‖ reference)
+        l_t  = w_t pg_t + β k3_t − β_H H_t
+
+    loss_sum and normaliser by `config.aggregation`:
+
+        token_mean       Σ_t l_t,                 number of tokens                    (DAPO, arXiv 2503.14476)
+        sequence_mean    Σ_i (1 / |o_i|) Σ_t l_t, number of sequences                 (GRPO, arXiv 2402.03300)
+        constant_length  Σ_t l_t,                 number of sequences × L_max         (Dr. GRPO, arXiv 2503.20783)
+
+    Args:
+        logprobs: [R] under the current policy, with gradient
+        entropy: [R] of the current policy; with gradient where `config.entropy_weight` is positive, which requires it
+        max_response_length: L_max, required by constant_length
+    """
+    log_ratio = logprobs - tokens.old_logprobs
+    if config.ratio_level == "sequence":
+        log_ratio = _sequence_mean(log_ratio, tokens)
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+
+    advantages = tokens.advantages
+    clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    clipped = torch.where(advantages > 0, ratio > 1 + config.clip_high, ratio < 1 - config.clip_low) & (advantages != 0)
+    dual_clipped = torch.zeros_like(clipped)
+    if config.dual_clip is not None:
+        floor = config.dual_clip * advantages
+        dual_clipped = (advantages < 0) & (objective < floor)
+        objective = torch.where(dual_clipped, floor, objective)
+
+    engine_difference = tokens.old_logprobs - tokens.rollout_logprobs
+    importance, truncated = importance_weights(engine_difference, config)
+    loss = -importance * objective
+
+    kl_reference = torch.zeros_like(loss)
+    if tokens.reference_logprobs is not None:
+        difference = (tokens.reference_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        kl_reference = difference.exp() - difference - 1
+        loss = loss + config.kl_weight * kl_reference
+    if config.entropy_weight > 0:
+        loss = loss - config.entropy_weight * entropy
+    if config.aggregation == "sequence_mean":
+        loss = loss / tokens.sequence_lengths
+
+    columns = (
+        torch.ones_like(ratio), clipped, dual_clipped, kl_reference, ratio - 1 - log_ratio, importance, truncated,
+        engine_difference.abs(), torch.zeros_like(ratio) if entropy is None else entropy,
+    )  # fmt: skip
+    return PolicyLoss(
+        loss_sum=loss.sum(),
+        normaliser=loss_normaliser(tokens, config, max_response_length),
+        metrics=PolicyMetrics(
+            sums=torch.stack([column.detach().float().sum() for column in columns]),
+            maxima=torch.stack([_maximum(ratio.detach()), _maximum(engine_difference.abs())]),
+        ),
+    )
+
+
+def importance_weights(log_weights: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """min(exp(old − rollout), C) and where the minimum is C; ones where the correction is off."""
+    if config.importance_cap is None:
+        return torch.ones_like(log_weights), torch.zeros_like(log_weights, dtype=torch.bool)
+    limit = math.log(config.importance_cap)
+    return log_weights.clamp(max=limit).exp(), log_weights > limit
+
+
+def loss_normaliser(tokens: TokenBatch, config: AlgorithmConfig, max_response_length: int | None = None) -> Tensor:
+    """What this microbatch adds to the divisor of the step's loss, scalar int64; see `policy_loss`."""
+    if config.aggregation == "token_mean":
+        return torch.tensor(tokens.targets.numel(), device=tokens.targets.device)
+    sequences = _starts(tokens.sequence_ids).sum()
+    if config.aggregation == "sequence_mean":
+        return sequences
+    if max_response_length is None:
+        raise ValueError("aggregation=constant_length needs max_response_length")
+    return sequences * max_response_length
+
+
+def _starts(sequence_ids: Tensor) -> Tensor:
+    """[R] bool, True at the first token of each sequence."""
+    starts = torch.ones_like(sequence_ids, dtype=torch.bool)
+    starts[1:] = sequence_ids[1:] != sequence_ids[:-1]
+    return starts
+
+
+def _sequence_mean(values: Tensor, tokens: TokenBatch) -> Tensor:
+    """The mean over each token's sequence, back at each token; [R] to [R], differentiable, without a device sync."""
+    index = _starts(tokens.sequence_ids).cumsum(0) - 1
+    return (torch.zeros_like(values).index_add(0, index, values))[index] / tokens.sequence_lengths
+
+
+def _maximum(values: Tensor) -> Tensor:
+    return values.float().amax() if values.numel() else values.new_zeros((), dtype=torch.float32)
