@@ -20,8 +20,8 @@ from balcap_mega.models.attention import SegmentAttention
 class RMSNorm(torch.nn.RMSNorm):
     """PyTorch's RMSNorm with Megatron's constructor.
 
-    Under sequence parallelism each tensor-parallel rank normalises its own tokens, so its weight's gradient is a partial
-    sum; the weight's `sequence_parallel` mark makes `finalize_model_grads` add them up.
+    Under sequence parallelism each tensor-parallel rank normalises its own tokens, so its weight's gradient is a
+    partial sum; the weight's `sequence_parallel` mark makes `finalize_model_grads` add them up.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):

@@ -18,8 +18,8 @@ Parameter names (what checkpoints and resharding map from and to):
     language_model.output_layer.weight                         [padded_vocab / TP, H]; last stage; where embeddings are
                                                                tied: absent at PP1, a copy kept in step at PP > 1
 
-Vision parameters are whole on every tensor-parallel rank. `linear_qkv` interleaves by key/value head: its heads' queries,
-then the key, then the value; with fewer key/value heads than TP ranks that layout is cut evenly all the same.
+Vision parameters are whole on every tensor-parallel rank. `linear_qkv` interleaves by key/value head: its heads'
+queries, then the key, then the value; with fewer key/value heads than TP ranks that layout is cut evenly all the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -161,7 +161,7 @@ class VisionLanguagePolicy(MegatronModule):
         return embeddings
 
     def set_input_tensor(self, input_tensor) -> None:
-        """What the schedule received from the previous stage: [S, 1, H], or [S / TP, 1, H] under sequence parallelism."""
+        """What the schedule received from the previous stage: [S, 1, H], [S / TP, 1, H] under sequence parallelism."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:

@@ -80,10 +80,10 @@ def encode_images(
     images: Sequence[VisionInputs],
     group: torch.distributed.ProcessGroup,
 ) -> list[Tensor]:
-    """[tokens_i, hidden] embeddings of every image, each image encoded by one rank of `group` and shared with the rest.
+    """[tokens_i, hidden] embeddings of every image, each encoded by one rank of `group` and shared with the rest.
 
-    Every rank passes the same images. In the backward pass each rank takes the gradient of the images it encoded, so its
-    parameters' gradients are partial sums over the group.
+    Every rank passes the same images. In the backward pass each rank takes the gradient of the images it encoded, so
+    its parameters' gradients are partial sums over the group.
     """
     counts = [tower.token_count(image) for image in images]
     if group.size() == 1:
@@ -121,7 +121,7 @@ def share_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """[n_rank, H] on each rank -> [sum n, H] on all; the gradient, equal on all ranks, is cut back to this rank's rows."""
+    """[n_rank, H] on each rank -> [sum n, H] on all; the gradient, equal on all, is cut back to this rank's rows."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, sizes: list[int], group) -> Tensor:

@@ -1,4 +1,4 @@
-"""What turns gradients into an update: Megatron's data-parallel wrapper, the gradients' last reductions, its optimizer."""
+"""From gradients to an update: Megatron's data-parallel wrapper, the last reductions, its optimizer."""
 
 import torch
 from megatron.core import parallel_state
@@ -15,7 +15,7 @@ from megatron.core.utils import get_model_config
 from balcap_mega.config.schema import OptimizerConfig, ParallelConfig
 
 PARTIAL_OVER_TENSOR_PARALLEL = "partial_over_tensor_parallel"
-"""Attribute of a parameter that is whole on every tensor-parallel rank but whose gradient each rank has only a part of."""
+"""Attribute of a parameter that every tensor-parallel rank has whole, but whose gradient each has only a part of."""
 
 
 def finalize_gradients(model, num_tokens=None, **kwargs) -> None:

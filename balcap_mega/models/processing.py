@@ -1,0 +1,139 @@
+"""From a caption record to what the policy and the engine read, by the checkpoint's own Hugging Face processor."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor
+
+from balcap_mega.data.records import CaptionRecord
+from balcap_mega.errors import UserError
+from balcap_mega.models.torchvision_operators import declare_torchvision_operators
+from balcap_mega.models.vision import VisionInputs
+
+
+@dataclass(frozen=True)
+class ProcessedPrompt:
+    """One prompt with its image.
+
+    prompt_token_ids: [P], image tokens expanded, generation prompt included
+    position_ids:     [3, P] int64 rotary positions (temporal, height, width); a caption's tokens go on from their
+                      largest value + 1, equal in all three
+    vision:           the image as the vision tower takes it
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    position_ids: Tensor
+    vision: VisionInputs
+
+
+class PromptProcessor:
+    """Chat template, image preprocessing and tokenizer of the checkpoint in `folder`.
+
+    eos_token_ids:    any of these ends a caption; the first is the one that supervised targets end with
+    banned_token_ids: media placeholders, which a caption must not hold: they would ask for an image's embeddings
+    """
+
+    def __init__(self, folder: str | Path):
+        declare_torchvision_operators()
+        try:
+            self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.path={folder}: its processor cannot be loaded ({error})",
+                remedy="the folder needs the tokenizer and preprocessor files that the checkpoint was published with",
+            ) from error
+        self._config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self._tokenizer = self._processor.tokenizer
+        self.eos_token_ids = _eos_token_ids(Path(folder), self._tokenizer.eos_token_id)
+        self.banned_token_ids = self._media_token_ids()
+
+    def __call__(self, record: CaptionRecord) -> ProcessedPrompt:
+        """Tokens, positions and pixels of the record's prompt."""
+        inputs = self._processor(
+            text=[self.prompt_text(record.prompt)], images=[record.image.convert("RGB")], return_tensors="pt"
+        )
+        token_ids = inputs["input_ids"][0]
+        grid = inputs.get("image_grid_thw")
+        return ProcessedPrompt(
+            prompt_token_ids=tuple(token_ids.tolist()),
+            position_ids=self.position_ids(token_ids, grid),
+            vision=VisionInputs(inputs["pixel_values"], grid),
+        )
+
+    def prompt_text(self, prompt: str) -> str:
+        """The chat template's text with one unexpanded image placeholder: what vLLM is given beside the image."""
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        return self._processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+    def engine_prompt(self, record: CaptionRecord) -> dict[str, Any]:
+        """The record as a vLLM prompt; the engine expands the image tokens itself."""
+        return {
+            "prompt": self.prompt_text(record.prompt),
+            "multi_modal_data": {"image": record.image.convert("RGB")},
+        }
+
+    def position_ids(self, token_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
+        """[3, S] rotary positions of [S] tokens holding the images of `image_grid_thw` ([n, 3]; None for LLaVA)."""
+        if self._config.model_type != "qwen2_5_vl" or image_grid_thw is None:
+            return torch.arange(len(token_ids)).repeat(3, 1)
+        return mrope_position_ids(
+            token_ids == self._config.image_token_id,
+            image_grid_thw,
+            self._config.vision_config.spatial_merge_size,
+        )
+
+    def encode_caption(self, caption: str) -> tuple[int, ...]:
+        """A supervised target: the caption's tokens and the end-of-sequence token."""
+        return (*self._tokenizer(caption, add_special_tokens=False).input_ids, self.eos_token_ids[0])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of response tokens, special tokens left out."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _media_token_ids(self) -> tuple[int, ...]:
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = {getattr(self._config, name, None) for name in names} - {None}
+        pad = self._tokenizer.get_vocab().get("<|vision_pad|>")
+        return tuple(sorted(ids | ({pad} if pad is not None else set())))
+
+
+def mrope_position_ids(is_image: Tensor, image_grid_thw: Tensor, spatial_merge_size: int) -> Tensor:
+    """Multimodal rotary positions of Qwen2.5-VL (section 2.1.3 of arXiv 2409.12191, still images).
+
+    Text advances all three positions together. An image's tokens share the position that comes next in time and count
+    up from it by row and by column; the text behind goes on from their largest.
+
+    is_image:       [S] bool
+    image_grid_thw: [n, 3] patches of each image in time, height and width
+    Returns [3, S] int64.
+    """
+    total = len(is_image)
+    positions = torch.empty(3, total, dtype=torch.int64)
+    done, following = 0, 0
+    for time, height, width in image_grid_thw.tolist():
+        rows, columns = height // spatial_merge_size, width // spatial_merge_size
+        start = done + int(is_image[done:].int().argmax())
+        stop = start + time * rows * columns
+        positions[:, done:start] = torch.arange(following, following + start - done)
+        following += start - done
+        grid = torch.meshgrid(torch.arange(time), torch.arange(rows), torch.arange(columns), indexing="ij")
+        positions[:, start:stop] = following + torch.stack([axis.flatten() for axis in grid])
+        following += max(rows, columns)
+        done = stop
+    positions[:, done:] = torch.arange(following, following + total - done)
+    return positions
+
+
+def _eos_token_ids(folder: Path, tokenizer_eos: int) -> tuple[int, ...]:
+    """The tokenizer's end token and whatever else the checkpoint's generation_config.json stops at, as vLLM does."""
+    path = folder / "generation_config.json"
+    configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    if configured is None:
+        configured = []
+    others = configured if isinstance(configured, list) else [configured]
+    return tuple(dict.fromkeys([tokenizer_eos, *others]))
