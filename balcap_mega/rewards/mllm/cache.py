@@ -1,0 +1,41 @@
+"""Judge replies on disk, found by the content of their request."""
+
+import json
+import socket
+import sqlite3
+from pathlib import Path
+
+from balcap_mega.errors import UserError
+
+
+class ReplyCache:
+    """Maps a request's digest to its reply; shared by the processes of one host, kept across runs.
+
+    One SQLite file a host: its locking is sound between local processes and is not over a network file system, where
+    `folder` often lies. Used from one thread.
+    """
+
+    def __init__(self, folder: str | Path):
+        path = Path(folder) / f"replies-{socket.gethostname()}.sqlite"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+            # A reply lost in a power cut is asked for again, so no write waits for the disk.
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=OFF")
+            self._database.execute("CREATE TABLE IF NOT EXISTS replies (digest TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise UserError(
+                f"rewards.cache_dir={folder}: cannot keep replies in {path.name} ({error})",
+                remedy="name a writable folder, or delete that file if it is damaged",
+            ) from error
+
+    def get(self, digest: str) -> dict | None:
+        row = self._database.execute("SELECT reply FROM replies WHERE digest = ?", (digest,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put(self, digest: str, reply: dict) -> None:
+        self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (digest, json.dumps(reply)))
+
+    def close(self) -> None:
+        self._database.close()

@@ -1,0 +1,216 @@
+"""A chat client for OpenAI-compatible endpoints: bounded concurrency, retries, and a name for every failure."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import BaseModel, Field, ValidationError
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from balcap_mega.config.schema import JudgeEndpoint
+from balcap_mega.errors import UserError
+from balcap_mega.rewards.mllm.cache import ReplyCache
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+LONGEST_WAIT_SECONDS = 60.0
+# Greedy decoding would repeat an unusable reply; the next attempts sample, each with its own fixed seed.
+SECOND_OPINION_TEMPERATURE = 0.3
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Message(BaseModel):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class Choice(BaseModel):
+    message: Message
+    finish_reason: str | None = None
+
+
+class Completion(BaseModel):
+    """The part of a chat completion that is read here."""
+
+    choices: list[Choice] = Field(min_length=1)
+    usage: Usage | None = None
+
+
+class AttemptFailed(Exception):
+    """One attempt came to nothing. `reason` is a short name fit for counting; the server's text is never kept."""
+
+    def __init__(self, reason: str, *, retry: bool = True, request_id: str = "", retry_after: float = 0.0):
+        super().__init__(reason)
+        self.reason = reason
+        self.retry = retry
+        self.request_id = request_id
+        self.retry_after = retry_after
+
+
+class Unusable(AttemptFailed):
+    """The endpoint answered, but not what was asked: a refusal, a cut or invalid reply, a score out of range."""
+
+
+class RequestFailed(Exception):
+    """A request that every attempt failed; the ids let the endpoint's operator find each one."""
+
+    def __init__(self, reasons: list[str], request_ids: list[str]):
+        super().__init__(f"{', '.join(reasons)} (request ids {', '.join(request_ids)})")
+        self.reasons = reasons
+        self.request_ids = request_ids
+
+
+@dataclass
+class ClientCounters:
+    """What a client has spent and met so far. `failures` counts requests given up, by their last reason."""
+
+    requests: int = 0
+    cache_hits: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    retries: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+
+
+class ChatClient:
+    """Asks one endpoint. Create it anywhere, use it on one event loop, and `await close()` it there.
+
+    backoff_seconds: mean of the first back-off; it doubles with each attempt, with full jitter, up to a minute.
+    Raises UserError for an address or a key variable that cannot work.
+    """
+
+    def __init__(self, endpoint: JudgeEndpoint, cache: ReplyCache | None = None, backoff_seconds: float = 0.5):
+        address = urlsplit(endpoint.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname or address.username or address.password:
+            raise UserError(
+                f"endpoint.base_url of the judge model {endpoint.model!r} is not a plain http(s) address",
+                remedy="write it as http://host:port/v1 and name the key's environment variable in api_key_env",
+            )
+        headers = {}
+        if endpoint.api_key_env is not None:
+            if not os.environ.get(endpoint.api_key_env):
+                raise UserError(
+                    f"endpoint.api_key_env names {endpoint.api_key_env}, which is not set",
+                    remedy=f"export {endpoint.api_key_env}=... before starting",
+                )
+            headers["Authorization"] = f"Bearer {os.environ[endpoint.api_key_env]}"
+        self.endpoint = endpoint
+        self.counters = ClientCounters()
+        self._cache = cache
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._backoff = wait_random_exponential(multiplier=2 * backoff_seconds, max=LONGEST_WAIT_SECONDS)
+        self._http = httpx.AsyncClient(
+            base_url=endpoint.base_url.rstrip("/") + "/",
+            headers=headers,
+            timeout=endpoint.timeout_seconds,
+            limits=httpx.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency),
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def ask(self, body: dict[str, Any], accept: Callable[[Completion], T], *, use_cache: bool = True) -> T:
+        """POST `body` (the model's name is added) and return `accept(completion)`.
+
+        `accept` raises `Unusable` to have the request tried again. Raises RequestFailed after the last attempt, or at
+        once where trying again cannot help (a key or a model that the endpoint does not know).
+        """
+        body = {"model": self.endpoint.model, **body}
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        cache = self._cache if use_cache else None
+        if cache is not None and (kept := cache.get(digest)) is not None:
+            self.counters.cache_hits += 1
+            return accept(Completion.model_validate(kept))
+        greedy = body.get("temperature") == 0
+        failed: list[AttemptFailed] = []
+        try:
+            async for attempt in AsyncRetrying(
+                stop=stop_after_attempt(1 + self.endpoint.max_retries),
+                wait=self._wait,
+                retry=retry_if_exception(lambda error: isinstance(error, AttemptFailed) and error.retry),
+                reraise=True,
+            ):
+                with attempt:
+                    if failed:
+                        self.counters.retries[failed[-1].reason] += 1
+                    number = len(failed)
+                    if greedy and failed and isinstance(failed[-1], Unusable):
+                        body = {**body, "temperature": SECOND_OPINION_TEMPERATURE, "seed": number}
+                    request_id = f"{digest[:16]}-{number}"
+                    try:
+                        completion, request_id = await self._post(body, request_id)
+                        accepted = accept(completion)
+                    except AttemptFailed as error:
+                        error.request_id = error.request_id or request_id
+                        failed.append(error)
+                        raise
+            if cache is not None:
+                cache.put(digest, completion.model_dump())
+            return accepted
+        except AttemptFailed as error:
+            self.counters.failures[error.reason] += 1
+            raise RequestFailed([e.reason for e in failed], [e.request_id for e in failed]) from error
+
+    def _wait(self, state: RetryCallState) -> float:
+        hint = state.outcome.exception().retry_after
+        return max(self._backoff(state), min(hint, LONGEST_WAIT_SECONDS))
+
+    async def _post(self, body: dict[str, Any], request_id: str) -> tuple[Completion, str]:
+        try:
+            # httpx bounds each read; a server that drips bytes is bounded here.
+            async with self._slots, asyncio.timeout(self.endpoint.timeout_seconds):
+                self.counters.requests += 1
+                response = await self._http.post("chat/completions", json=body, headers={"X-Request-Id": request_id})
+        except (TimeoutError, httpx.TimeoutException):
+            raise AttemptFailed("timeout") from None
+        except httpx.TransportError:
+            raise AttemptFailed("connection") from None
+        request_id = response.headers.get("x-request-id", request_id)
+        status = response.status_code
+        if status != 200:
+            raise AttemptFailed(
+                f"http_{status}",
+                retry=status in (408, 409, 425, 429) or status >= 500,
+                request_id=request_id,
+                retry_after=_seconds(response.headers.get("retry-after")),
+            )
+        try:
+            completion = Completion.model_validate_json(response.content)
+        except ValidationError:
+            raise AttemptFailed("invalid_response", request_id=request_id) from None
+        if completion.usage is not None:
+            self.counters.prompt_tokens += completion.usage.prompt_tokens
+            self.counters.completion_tokens += completion.usage.completion_tokens
+        return completion, request_id
+
+
+def _seconds(header: str | None) -> float:
+    """Retry-After as seconds; its other form, a date, is read as no hint."""
+    try:
+        return float(header or 0)
+    except ValueError:
+        return 0.0
+
+
+def usable_text(choice: Choice) -> str:
+    """A choice's text. Raises Unusable for a refusal or a reply cut at the token limit."""
+    if choice.message.refusal or choice.finish_reason == "content_filter":
+        raise Unusable("refusal")
+    if choice.finish_reason == "length":
+        raise Unusable("truncated")
+    if not choice.message.content:
+        raise Unusable("empty")
+    return choice.message.content

@@ -1,0 +1,167 @@
+"""A judge endpoint for tests and benchmarks: real HTTP, answers by simple rules, with scripted faults and latency.
+
+python tests/judge_server.py --latency 0.5      prints its address and serves until it is ended
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+INTERPRETATION = re.compile(r"\b(mood|depth|inviting|cosy|lively)\b", re.IGNORECASE)
+
+
+@dataclass
+class Fault:
+    """One bad reply: an HTTP status, a raw body, message fields that replace the good ones, or a stall in seconds."""
+
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: str | None = None
+    content: str | None = None
+    refusal: str | None = None
+    finish_reason: str = "stop"
+    stall: float = 0.0
+    hang_up: bool = False
+
+
+class RuleJudge:
+    """Answers the five questions of the judge. A statement is correct when it is one of `truths`, whatever its case."""
+
+    def __init__(self, truths: tuple[str, ...] = ()):
+        self.truths = {_plain(truth) for truth in truths}
+
+    def __call__(self, name: str, data: dict) -> dict:
+        return getattr(self, name)(data)
+
+    def split(self, data):
+        return {"assertions": [{"text": s, "quote": s} for s in _sentences(data["caption"])]}
+
+    def verify(self, data):
+        return {
+            number: {"pointable": not INTERPRETATION.search(text), "correct": _plain(text) in self.truths}
+            for number, text in data["statements"].items()
+        }
+
+    def units(self, data):
+        return {"units": _sentences(data["reference"])}
+
+    def cover(self, data):
+        said = {_plain(sentence) for sentence in _sentences(data["caption"])}
+        return {number: {"covered": _plain(fact) in said} for number, fact in data["facts"].items()}
+
+    def language(self, data):
+        return {"clarity": 10, "fluency": 8, "coherency": 9}
+
+
+def _plain(sentence: str) -> str:
+    return sentence.strip(" .\n").casefold()
+
+
+def _sentences(text: str) -> list[str]:
+    return [sentence.strip() for sentence in re.split(r"(?<=\.)\s+", text.strip()) if sentence.strip()]
+
+
+class JudgeServer:
+    """Serves `answer(question name, data)` at `base_url` on a thread of its own.
+
+    faults:   by question name (or "*"), the faults that its next requests meet, in order
+    requests: every body received, with its question name
+    """
+
+    def __init__(self, answer: Callable[[str, dict], dict] | None = None, latency: float = 0.0, port: int = 0):
+        self.answer = answer or RuleJudge()
+        self.latency = latency
+        self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.requests: list[tuple[str, dict]] = []
+        self.headers: list[dict[str, str]] = []
+        self.most_at_once = 0
+        self._at_once = 0
+        self._port = port
+
+    def __enter__(self):
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        return self
+
+    def __exit__(self, *_):
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self):
+        app = web.Application(client_max_size=64 * 2**20)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        await site.start()
+        self.base_url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
+
+    def asked(self, name: str) -> list[dict]:
+        return [body for asked, body in self.requests if asked == name]
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        name = body["response_format"]["json_schema"]["name"] if "response_format" in body else "plain"
+        self.requests.append((name, body))
+        self.headers.append(dict(request.headers))
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            return await self._reply(request, name, body)
+        finally:
+            self._at_once -= 1
+
+    async def _reply(self, request: web.Request, name: str, body: dict) -> web.StreamResponse:
+        queue = self.faults[name] or self.faults["*"]
+        fault = queue.pop(0) if queue else Fault()
+        if fault.hang_up:
+            request.transport.close()
+        await asyncio.sleep(self.latency + fault.stall)
+        number = len(self.requests)
+        headers = {"x-request-id": f"server-{number}", **fault.headers}
+        if fault.body is not None or fault.status != 200:
+            return web.Response(status=fault.status, text=fault.body or "fault", headers=headers)
+        content = fault.content if fault.content is not None else self._content(name, body)
+        contents = content if isinstance(content, list) else [content]
+        message = {"role": "assistant", "refusal": fault.refusal}
+        reply = {
+            "id": f"chatcmpl-{number}",
+            "choices": [
+                {"index": i, "message": {**message, "content": text}, "finish_reason": fault.finish_reason}
+                for i, text in enumerate(contents)
+            ],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 10},
+        }
+        return web.json_response(reply, headers=headers)
+
+    def _content(self, name: str, body: dict) -> str | list[str]:
+        if name == "plain":
+            return self.answer(name, body)
+        return json.dumps(self.answer(name, user_data(body)))
+
+
+def user_data(body: dict) -> dict:
+    """The JSON object in a request's user message."""
+    content = body["messages"][-1]["content"]
+    return json.loads(content if isinstance(content, str) else content[-1]["text"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--port", type=int, default=0)
+    options = parser.parse_args()
+    with JudgeServer(latency=options.latency, port=options.port) as server:
+        print(server.base_url, flush=True)
+        threading.Event().wait()
