@@ -44,12 +44,11 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("heads,key_heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_equals_dense_mask(backend, shape, padding, heads, key_heads, dtype, tolerance):
+def test_equals_dense_mask(shape, padding, heads, key_heads, dtype, tolerance):
     torch.manual_seed(0)
     segments = row_segments(SHAPES[shape])
     size, width, scale = int(segments[-1, 1]) + padding, 8, 0.4
@@ -59,7 +58,7 @@ def test_equals_dense_mask(backend, shape, padding, heads, key_heads, dtype, tol
     exact = [tensor.requires_grad_() for tensor in exact]
 
     expected = dense_attention(*exact, segments, scale)
-    actual = find_backend(backend)(*ours, plan_attention(segments), scale)
+    actual = find_backend("cpu")(*ours, plan_attention(segments), scale)
     expected.backward(grad)
     actual.backward(grad.to(dtype))
 
@@ -72,3 +71,58 @@ def test_equals_dense_mask(backend, shape, padding, heads, key_heads, dtype, tol
         )
         if padding:
             assert not mine.grad[-padding:].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flex_block_mask_is_the_pattern(shape):
+    """Forward only: FlexAttention has no backward on CPU."""
+    torch.manual_seed(0)
+    segments = row_segments(SHAPES[shape])
+    inputs = [torch.randn(int(segments[-1, 1]) + 3, heads, 8) for heads in (4, 2, 2)]
+    actual = find_backend("flex")(*inputs, plan_attention(segments), 0.4)
+    torch.testing.assert_close(actual, dense_attention(*inputs, segments, 0.4), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flash_calls_fit_the_operators(shape):
+    """Shapes and signatures alone, on the meta device: values need CUDA."""
+    segments = row_segments(SHAPES[shape])
+    size = int(segments[-1, 1]) + 3
+    inputs = [torch.randn(size, h, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)]
+    output = find_backend("flash")(*inputs, plan_attention(segments), 0.4)
+    output.backward(torch.empty_like(output))
+    assert [tensor.grad.shape for tensor in inputs] == [tensor.shape for tensor in inputs]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["flash", "flex"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cuda_backends_equal_the_cpu(backend, shape):
+    torch.manual_seed(0)
+    segments = row_segments(SHAPES[shape])
+    size, scale = int(segments[-1, 1]) + 3, 0.2
+    plan = plan_attention(segments)
+    inputs = [torch.randn(size, heads, 64).bfloat16() for heads in (4, 2, 2)]
+    grad = torch.randn(size, 4, 64).bfloat16()
+    values = []
+    for name, device, dtype in (("cpu", "cpu", torch.float32), (backend, "cuda", torch.bfloat16)):
+        tensors = [tensor.to(device, dtype).requires_grad_() for tensor in inputs]
+        output = find_backend(name)(*tensors, plan, scale)
+        output.backward(grad.to(device, dtype))
+        values.append([output.detach(), *(tensor.grad for tensor in tensors)])
+    for expected, actual in zip(*values):
+        torch.testing.assert_close(actual.cpu().float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+def test_overlapping_segments_are_refused():
+    with pytest.raises(ValueError, match="must begin at 5"):
+        plan_attention(torch.tensor([[0, 5, 0, 0], [4, 8, 0, 5]]))
+    with pytest.raises(ValueError, match="its prefix must lie before it"):
+        plan_attention(torch.tensor([[0, 5, 0, 0], [5, 8, 0, 6]]))
+
+
+def test_work_is_that_of_the_pattern():
+    """A prefix of 576 and eight captions of 175: pairs counted by the plan are those of the dense mask, no more."""
+    segments = row_segments([(576, [175] * 8)])
+    assert plan_attention(segments).pairs() == dense_mask(segments, 576 + 8 * 175).sum()
