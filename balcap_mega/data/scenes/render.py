@@ -32,27 +32,32 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
 
 
 def _paint(canvas: Image.Image, item: SceneObject) -> None:
+    """Painted on a tile just large enough, then pasted."""
     side = canvas.width
-    centre = (side * (0.25 + 0.5 * item.column + item.offset[0]), side * (0.25 + 0.5 * item.row + item.offset[1]))
     radius = side * _RADIUS[item.size]
+    tile = round(2.4 * radius)
     colour = _RGB[item.colour]
-    outer = _silhouette(side, item.kind, centre, radius)
-    inner = _silhouette(side, item.kind, centre, radius * 0.9)
-    canvas.paste(_mix(colour, (0, 0, 0), 0.35), mask=outer)
-    canvas.paste(colour, mask=inner)
+    outer = _silhouette(tile, item.kind, radius)
+    inner = _silhouette(tile, item.kind, radius * 0.9)
+    picture = Image.new("RGB", (tile, tile), _mix(colour, (0, 0, 0), 0.35))
+    picture.paste(colour, mask=inner)
     if item.texture != "plain":
-        canvas.paste(_mix(colour, (255, 255, 255), 0.72), mask=ImageChops.multiply(inner, _pattern(side, item.texture)))
+        pattern = _pattern(tile, item.texture, period=side / 14)
+        picture.paste(_mix(colour, (255, 255, 255), 0.72), mask=ImageChops.multiply(inner, pattern))
     if item.word:
         font = ImageFont.load_default(size=radius * 0.72)
-        ImageDraw.Draw(canvas).text(
-            centre, item.word.upper(), fill=(20, 20, 20), font=font, anchor="mm", stroke_width=2
-        )
+        draw = ImageDraw.Draw(picture)
+        draw.text((tile / 2, tile / 2), item.word.upper(), fill=(20, 20, 20), font=font, anchor="mm", stroke_width=2)
+    left = round(side * (0.25 + 0.5 * item.column + item.offset[0]) - tile / 2)
+    top = round(side * (0.25 + 0.5 * item.row + item.offset[1]) - tile / 2)
+    canvas.paste(picture, (left, top), mask=outer)
 
 
-def _silhouette(side: int, kind: str, centre: tuple[float, float], radius: float) -> Image.Image:
+def _silhouette(side: int, kind: str, r: float) -> Image.Image:
+    """The shape of radius `r` as a mask, in the middle of a square tile."""
     mask = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(mask)
-    (x, y), r = centre, radius
+    x = y = side / 2
 
     def polygon(*points: tuple[float, float]) -> None:
         draw.polygon([(x + r * px, y + r * py) for px, py in points], fill=255)
@@ -86,16 +91,16 @@ def _silhouette(side: int, kind: str, centre: tuple[float, float], radius: float
     return mask
 
 
-def _pattern(side: int, texture: str) -> Image.Image:
+def _pattern(side: int, texture: str, period: float) -> Image.Image:
     mask = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(mask)
-    period = side / 14
-    for i in range(-15, 16):
+    steps = int(side / period) + 2
+    for i in range(-steps, steps):
         if texture == "striped":  # diagonal bands
-            left = 2 * i * period / 1.5
+            left = 1.33 * i * period
             draw.line((left, 0, left + side, side), fill=255, width=round(period * 0.42))
         else:
-            for j in range(16):
+            for j in range(steps):
                 x, y, r = i * period + (j % 2) * period / 2, j * period, period * 0.26
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
     return mask

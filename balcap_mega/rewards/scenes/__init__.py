@@ -1,0 +1,42 @@
+"""The rule-based judge of `scenes`: exact, immediate, and made to resist the hacks that captioners learn under RL."""
+
+from concurrent.futures import Future
+
+from balcap_mega.data.scenes import SceneRecord
+from balcap_mega.data.scenes.grammar import reference_units
+from balcap_mega.rewards.judge import Judgement
+from balcap_mega.rewards.scenes.discourse import follow
+from balcap_mega.rewards.scenes.reading import read
+from balcap_mega.rewards.scenes.style import assess
+from balcap_mega.rewards.scenes.verify import bind, verify
+
+
+class SceneJudge:
+    """A `Judge` that knows the scene. It reads any text: every word of it belongs to some assertion, is grammar, or
+    repeats what was said; what it cannot see in the scene counts against precision."""
+
+    def judge(self, record: SceneRecord, caption: str) -> Judgement:
+        sentences = read(caption)
+        discourse = follow(sentences)
+        binding = bind(discourse, record.scene)
+        assertions, covered, implied = verify(caption, discourse, binding, record.scene)
+        style = assess(sentences, discourse, implied)
+        return Judgement(
+            assertions=assertions,
+            covered=tuple(unit in covered for unit in reference_units(record.scene)),
+            clarity=style.clarity,
+            fluency=style.fluency,
+            coherency=style.coherency,
+        )
+
+    def submit(self, record: SceneRecord, caption: str) -> Future[Judgement]:
+        """A future that is done already."""
+        future: Future[Judgement] = Future()
+        future.set_result(self.judge(record, caption))
+        return future
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+__all__ = ["SceneJudge"]
