@@ -17,8 +17,8 @@ setup(
     packages=[*find_packages(include=["balcap_mega", "balcap_mega.*"]), "balcap_mega.kernels"],
     package_dir={"balcap_mega.kernels": "kernels"},
     entry_points={
-        # vLLM runs this in every process it starts, before it looks at a model.
-        "vllm.general_plugins": [
+        # torch runs this at the end of `import torch` in every process, vLLM's servers and its model inspection included.
+        "torch.backends": [
             "balcap_mega = balcap_mega.models.torchvision_operators:declare_torchvision_operators",
         ]
     },

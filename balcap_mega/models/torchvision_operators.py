@@ -7,8 +7,6 @@ processors of transformers and vLLM use neither operator, so declaring their sch
 
 import importlib.util
 
-import torch
-
 SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -16,7 +14,13 @@ SCHEMAS = {
 
 
 def declare_torchvision_operators() -> None:
-    """Declare torchvision's operators where its compiled part cannot (idempotent; also vLLM's plugin entry point)."""
+    """Declare torchvision's operators where its compiled part cannot (idempotent).
+
+    Also a `torch.backends` entry point, which torch calls at the end of its own import in every process: so torch is
+    imported here and not above, and `import balcap_mega` itself imports nothing.
+    """
+    import torch
+
     if torch.version.cuda is not None or importlib.util.find_spec("torchvision") is None:
         return
     for name, schema in SCHEMAS.items():
