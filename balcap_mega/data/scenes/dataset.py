@@ -5,11 +5,10 @@ from random import Random
 from typing import Literal
 
 from balcap_mega.data.records import CaptionRecord
-from balcap_mega.data.scenes.grammar import reference_caption, reference_units, unit_text
+from balcap_mega.data.scenes.grammar import PROMPT, reference_caption, reference_units, unit_text
 from balcap_mega.data.scenes.render import IMAGE_SIZE, render
 from balcap_mega.data.scenes.world import Scene, draw_scene
 
-PROMPT = "Describe the image in detail."
 Split = Literal["train", "eval"]
 
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from random import Random
 
-from balcap_mega.data.scenes.grammar import NUMBERS, noun_phrase, reference_caption
+from balcap_mega.data.scenes.grammar import NUMBERS, PROMPT, noun_phrase, reference_caption
 from balcap_mega.data.scenes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -153,12 +153,13 @@ def _finish(random: Random, sentences: list[str]) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word and punctuation mark that references and flawed captions are made of, sorted.
+    """Every word and punctuation mark that the prompt, references and flawed captions are made of, sorted.
 
     Case matters: "The" and "the" are two entries. Split text with the pattern `\\w+|[^\\w\\s]`.
     """
     lists = (KINDS, COLOURS, SIZES, TEXTURES, BACKGROUNDS, SIGN_WORDS, PLACES, NUMBERS[: MAX_OBJECTS + 1], FILLERS)
     frames = (
+        PROMPT,
         "The image shows objects on a background. There are there is that reads. A An an a at At the",
         "is left of. is right of. is above. is below.",
     )

@@ -2,6 +2,7 @@
 
 from balcap_mega.data.scenes.world import Fact, Scene, SceneObject
 
+PROMPT = "Describe the image in detail."
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 

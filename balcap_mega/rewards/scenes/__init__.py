@@ -20,7 +20,7 @@ class SceneJudge:
         discourse = follow(sentences)
         binding = bind(discourse, record.scene)
         assertions, covered, implied = verify(caption, discourse, binding, record.scene)
-        style = assess(sentences, discourse, implied)
+        style = assess(caption, sentences, discourse, implied)
         return Judgement(
             assertions=assertions,
             covered=tuple(unit in covered for unit in reference_units(record.scene)),

@@ -154,7 +154,8 @@ class Sentence:
 
     @property
     def closed(self) -> bool:
-        return self.text[-1] in ".!?"
+        """Ends in one mark; an ellipsis or a row of marks leaves it open."""
+        return bool(re.search(r"[^.!?\s]\s*[.!?]$", self.text))
 
     @cached_property
     def words(self) -> tuple[str, ...]:

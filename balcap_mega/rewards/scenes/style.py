@@ -20,7 +20,7 @@ _CLAUSE = (
     rf"(?:I{_LIST}P?B?|t(?:i{_THING}|rM)(?:{_AND}(?:{_THING}|M))*P?B?|P,?t?(?:i{_THING}|rM)"
     rf"|(?:{_THING}|T)(?:iP|iRN|iA(?:{_AND}A)*|W)|M(?:rP|rA(?:{_AND}A)*)|G)"
 )
-_WELL_FORMED = re.compile(rf"{_CLAUSE}(?:(?:,?&|;){_CLAUSE}){{0,2}}")
+_WELL_FORMED = re.compile(rf"{_CLAUSE}(?:(?:,?&|;){_CLAUSE})?")
 _VERBS = words_of(
     "is are was were feels feel looks look creates create gives give makes make shows show has have works work "
     "adds brings seems may could might described"
@@ -35,7 +35,7 @@ class Style:
     coherency: float
 
 
-def assess(sentences: list[Sentence], discourse: Discourse, implied: int) -> Style:
+def assess(caption: str, sentences: list[Sentence], discourse: Discourse, implied: int) -> Style:
     """Each score lies in [0, 1]. `implied` counts relations that told nothing new (see `verify`).
 
     Clarity is the share of words that tell something visible, once, in sentences; less for ambiguous reference.
@@ -45,7 +45,7 @@ def assess(sentences: list[Sentence], discourse: Discourse, implied: int) -> Sty
     words = [len(sentence.words) for sentence in sentences]
     total = sum(words)
     if not total or not any(discourse.informative):
-        return Style(0.0, _fluency(sentences), 0.0)
+        return Style(0.0, _fluency(caption, sentences), 0.0)
     forms = [_form(sentence) for sentence in sentences]
     in_sentences = sum(n for n, form in zip(words, forms) if form) / total
     informative = sum(n for n, form in zip(discourse.informative, forms) if form) / total
@@ -64,12 +64,15 @@ def assess(sentences: list[Sentence], discourse: Discourse, implied: int) -> Sty
         * 0.9**digressions
         * (0.7 if any(word in _VIEWPOINT for sentence in sentences for word in sentence.words) else 1.0)
     )
-    return Style(clarity, _fluency(sentences), coherency)
+    return Style(clarity, _fluency(caption, sentences), coherency)
 
 
-def _fluency(sentences: list[Sentence]) -> float:
+def _fluency(caption: str, sentences: list[Sentence]) -> float:
     total = sum(len(sentence.words) for sentence in sentences)
-    return sum(len(sentence.words) * _form(sentence) for sentence in sentences) / total if total else 0.0
+    if not total:
+        return 0.0
+    stray = len("".join(caption.split())) / len("".join("".join(s.text for s in sentences).split()))  # marks between
+    return sum(len(sentence.words) * _form(sentence) for sentence in sentences) / total / stray
 
 
 def _form(sentence: Sentence) -> float:
