@@ -61,6 +61,7 @@ class DataConfig(Section):
     source: Literal["scenes", "sharegpt4v", "jsonl"] = "scenes"
     path: str | None = None
     image_root: str | None = None
+    image_prefixes: tuple[str, ...] = ()  # keep only images whose path starts with one of these
     train_size: Positive = 4096
     eval_size: Positive = 256
     image_backend: Literal["pil", "dali"] = "pil"

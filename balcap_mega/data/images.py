@@ -1,0 +1,136 @@
+"""Encoded image files to upright RGB pictures, by PIL or by DALI, with the same pixels."""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+# A picture of more pixels than this is taken for a decompression bomb: 100 MB of RGB decode to far more than any model
+# or judge looks at. It is refused from its header, before any pixel is decoded.
+MOST_PIXELS = 2**25
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+TargetSize = Callable[[int, int], tuple[int, int]]
+
+
+class ImageDecoder(Protocol):
+    """Decodes a batch of image files: upright RGB pictures, None for a file that is corrupt, foreign or a bomb."""
+
+    def __call__(self, encoded: Sequence[bytes]) -> list[Image.Image | None]: ...
+
+
+class PilDecoder:
+    """Decodes one by one with PIL."""
+
+    def __call__(self, encoded: Sequence[bytes]) -> list[Image.Image | None]:
+        return [_decode(data) for data in encoded]
+
+
+class DaliDecoder:
+    """Decodes batches with NVIDIA DALI, on the CPU or, with `device="gpu"`, by nvJPEG on the current GPU.
+
+    On the CPU the pixels are exactly PIL's. What DALI does not read as PIL does (GIF, 16-bit) goes to PIL, and so does
+    a batch with a damaged file, for DALI refuses such a batch as a whole.
+    """
+
+    def __init__(self, batch_size: int = 32, threads: int = 2, device: Literal["cpu", "gpu"] = "cpu"):
+        self._batch_size, self._threads, self._device = batch_size, threads, device
+        self._pipeline = self._build()
+
+    def _build(self):
+        from nvidia.dali import fn, pipeline_def, types  # 1 s, and only this decoder needs it
+
+        on_gpu = self._device == "gpu"
+
+        @pipeline_def(
+            batch_size=self._batch_size,
+            num_threads=self._threads,
+            device_id=0 if on_gpu else None,
+            prefetch_queue_depth=1,
+        )
+        def decode():
+            files = fn.external_source(name="files", no_copy=True)
+            return fn.decoders.image(
+                files, device="mixed" if on_gpu else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
+            )
+
+        pipeline = decode()
+        pipeline.build()
+        return pipeline
+
+    def __call__(self, encoded: Sequence[bytes]) -> list[Image.Image | None]:
+        pictures: list[Image.Image | None] = [None] * len(encoded)
+        for_dali = []
+        for index, data in enumerate(encoded):
+            header = _open(data)
+            if header is not None and header.format != "GIF" and not header.mode.startswith("I"):
+                for_dali.append(index)
+            elif header is not None:
+                pictures[index] = _decode(data)
+        for start in range(0, len(for_dali), self._batch_size):
+            batch = for_dali[start : start + self._batch_size]
+            for index, picture in zip(batch, self._decode_batch([encoded[index] for index in batch])):
+                pictures[index] = picture
+        return pictures
+
+    def _decode_batch(self, encoded: list[bytes]) -> list[Image.Image | None]:
+        try:
+            self._pipeline.feed_input("files", [np.frombuffer(data, np.uint8) for data in encoded])
+            (decoded,) = self._pipeline.run()
+        except RuntimeError:
+            self._pipeline = self._build()  # a pipeline that failed cannot run again
+            return [_decode(data) for data in encoded]
+        if self._device == "gpu":
+            decoded = decoded.as_cpu()
+        return [Image.fromarray(np.array(decoded[index])) for index in range(len(encoded))]
+
+
+def _open(data: bytes) -> Image.Image | None:
+    """The image with only its header read; None if that is not one of FORMATS or claims too many pixels."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (OSError, Image.DecompressionBombError):
+        return None
+    return image if image.width * image.height <= MOST_PIXELS else None
+
+
+def _decode(data: bytes) -> Image.Image | None:
+    image = _open(data)
+    try:
+        # ValueError, SyntaxError: what PIL's parsers raise on some damaged files beside OSError.
+        return None if image is None else ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+def model_size(image_processor) -> TargetSize:
+    """(height, width) of a picture ─► the size that a Hugging Face image processor resizes it to, before any crop.
+
+    Knows the processors of Qwen2/2.5-VL (a budget of pixels, sides multiples of the merged patch) and CLIP (the
+    shorter side fixed).
+    """
+    size = image_processor.size
+    if hasattr(image_processor, "merge_size"):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        factor = image_processor.patch_size * image_processor.merge_size
+        return lambda height, width: smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+    edge = size["shortest_edge"]
+
+    def shorter_side_fixed(height: int, width: int) -> tuple[int, int]:
+        return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+
+    return shorter_side_fixed
+
+
+def resize_for_model(image: Image.Image, target_size: TargetSize) -> Image.Image:
+    """Resize as the model's processor would, whose own resizing then changes nothing.
+
+    Torch's antialiased bicubic on bytes, for that is what the processors use; PIL's differs from it by up to 2 levels.
+    """
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    size = target_size(image.height, image.width)
+    resized = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+    return Image.fromarray(resized[0].permute(1, 2, 0).contiguous().numpy())

@@ -1,0 +1,66 @@
+"""Image and reference pairs, one JSON object a line; what `launch/prepare_data.py` writes.
+
+    {"image": "photos/cat.jpg", "reference": "A cat …", "id": "…", "prompt": "…", "units": ["There is a cat.", …]}
+
+Only `image` and `reference` are needed.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from balcap_mega.data.files import ImageRow
+from balcap_mega.errors import UserError
+
+DEFAULT_PROMPT = "Describe this image in detail."
+
+
+class Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    image: str
+    reference: str
+    id: str | None = None
+    prompt: str = DEFAULT_PROMPT
+    units: list[str] | None = None
+
+
+def read_jsonl(path: str | Path, prefixes: Sequence[str] = ()) -> list[ImageRow]:
+    """The rows of the file. Raises UserError naming the line that is not of the format."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.path={path}: not a readable file ({error})", remedy="name a JSON Lines file") from error
+    rows = list(_rows(path, lines))
+    return [row for row in rows if row.image.startswith(tuple(prefixes))] if prefixes else rows
+
+
+def _rows(path: str | Path, lines: Iterable[str]) -> Iterator[ImageRow]:
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = Line.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"])) or "the line"
+            raise UserError(
+                f"{path}:{number}: {key}: {first['msg']}",
+                remedy='each line needs "image" and "reference" and may have "id", "prompt" and "units"',
+            ) from error
+        units = None if line.units is None else tuple(line.units)
+        yield ImageRow(line.id or line.image, line.image, line.prompt, line.reference, units)
+
+
+def as_line(row: ImageRow) -> str:
+    """The row as one line of the file, without its end."""
+    line = Line(
+        image=row.image,
+        reference=row.reference,
+        id=row.id,
+        prompt=row.prompt,
+        units=None if row.units is None else list(row.units),
+    )
+    return json.dumps(line.model_dump(exclude_none=True), ensure_ascii=False)

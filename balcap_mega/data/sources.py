@@ -1,0 +1,44 @@
+"""The datasets that a run's configuration names."""
+
+import hashlib
+
+from balcap_mega.config.schema import DataConfig
+from balcap_mega.data.files import ImageFileDataset
+from balcap_mega.data.images import DaliDecoder, PilDecoder, TargetSize
+from balcap_mega.data.jsonl import read_jsonl
+from balcap_mega.data.records import CaptionDataset
+from balcap_mega.data.scenes.dataset import ScenesDataset
+from balcap_mega.data.sharegpt4v import read_sharegpt4v
+from balcap_mega.errors import UserError
+
+READERS = {"sharegpt4v": read_sharegpt4v, "jsonl": read_jsonl}
+
+
+def build_datasets(
+    config: DataConfig, seed: int, target_size: TargetSize | None = None
+) -> tuple[CaptionDataset, CaptionDataset]:
+    """The training and the evaluation dataset of a run, which share no image.
+
+    A file's held-out images are those of the lowest path hashes: they depend on neither the seed nor the rows' order.
+    `target_size` (see `images.model_size`) shrinks pictures to what the model reads as they are loaded.
+    """
+    if config.source == "scenes":
+        return (
+            ScenesDataset(config.train_size, seed, "train"),
+            ScenesDataset(config.eval_size, seed, "eval"),
+        )
+    dataset = ImageFileDataset(
+        READERS[config.source](config.path, config.image_prefixes),
+        config.image_root or ".",
+        decode=DaliDecoder() if config.image_backend == "dali" else PilDecoder(),
+        target_size=target_size,
+        max_missing_fraction=config.max_missing_fraction,
+    )
+    images = sorted({row.image for row in dataset.rows}, key=lambda image: hashlib.sha256(image.encode()).digest())
+    if len(images) <= config.eval_size:
+        raise UserError(
+            f"data.path={config.path} has {len(images)} images; data.eval_size={config.eval_size} are held out",
+            remedy="lower data.eval_size",
+        )
+    held_out = set(images[: config.eval_size])
+    return dataset.subset(set(images) - held_out, config.train_size), dataset.subset(held_out)
