@@ -1,0 +1,117 @@
+"""From token ids to microbatches: plan the rows of a step on every rank alike, build the ones this rank trains on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from balcap_mega.algorithm.batch import Advantages
+from balcap_mega.config.schema import PackingConfig
+from balcap_mega.data.records import CaptionRecord
+from balcap_mega.models.processing import ProcessedPrompt, PromptProcessor
+from balcap_mega.packing.build import PackingGroup, build_row
+from balcap_mega.packing.plan import GroupLengths, PackingPlan, plan_rows
+from balcap_mega.parallel.groups import ModelLayout
+from balcap_mega.rollout.rollouts import RolloutGroup
+from balcap_mega.training.microbatch import Microbatch, SequenceValues
+
+
+class Prompts(Mapping[int, CaptionRecord]):
+    """The records of a step by their index, each read when first asked for, once on this rank."""
+
+    def __init__(self, dataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, tuple(indices)
+        self._records: dict[int, CaptionRecord] = {}
+
+    def __getitem__(self, index: int) -> CaptionRecord:
+        if index not in self._records:
+            self._records[index] = self.dataset[index]
+        return self._records[index]
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """minibatches[u] holds this rank's microbatches of the step's update u; `plans[u]` says how all ranks' were packed."""
+
+    minibatches: tuple[tuple[Microbatch, ...], ...]
+    plans: tuple[PackingPlan, ...]
+
+
+class BatchBuilder:
+    """Builds this rank's microbatches; `pad_to` is what a row's length must be a multiple of."""
+
+    def __init__(
+        self, processor: PromptProcessor, config: PackingConfig, layout: ModelLayout, *, hidden_size: int, pad_to: int
+    ):
+        self.processor, self.config, self.layout = processor, config, layout
+        self.hidden_size, self.pad_to = hidden_size, pad_to
+
+    def from_rollouts(
+        self, prompts: Prompts, groups: Sequence[RolloutGroup], advantages: Advantages, updates: int
+    ) -> Batches:
+        """Split the step's P groups into `updates` minibatches of consecutive groups, and pack each."""
+        values = SequenceValues(advantages.values, [rollout.logprobs for group in groups for rollout in group.rollouts])
+        captions = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
+        prefixes = [len(group.prompt_token_ids) for group in groups]
+
+        def process(number: int) -> ProcessedPrompt:
+            group = groups[number]
+            prompt = self.processor(prompts[group.record_index])
+            if tuple(prompt.prompt_token_ids) != group.prompt_token_ids:
+                raise RuntimeError(
+                    f"record {group.record_index}: the engine and the trainer see different prompt tokens"
+                )
+            return prompt
+
+        bounds = [len(groups) * update // updates for update in range(updates + 1)]
+        packed = [
+            self._pack(range(start, stop), prefixes, captions, process, values)
+            for start, stop in zip(bounds, bounds[1:])
+        ]
+        return Batches(tuple(rows for rows, _ in packed), tuple(plan for _, plan in packed))
+
+    def supervised(self, records: Sequence[CaptionRecord], targets: Sequence[str]) -> tuple[Microbatch, ...]:
+        """One caption a record, its end-of-sequence token included, to be imitated."""
+        processed = [self.processor(record) for record in records]
+        captions = [[self.processor.encode_caption(target)] for target in targets]
+        values = SequenceValues(torch.zeros(len(records)), [[0.0] * len(tokens) for [tokens] in captions])
+        prefixes = [len(prompt.prompt_token_ids) for prompt in processed]
+        return self._pack(range(len(records)), prefixes, captions, processed.__getitem__, values)[0]
+
+    def _pack(self, numbers, prefixes, captions, process, values) -> tuple[tuple[Microbatch, ...], PackingPlan]:
+        plan = plan_rows(
+            [GroupLengths(prefixes[n], tuple(map(len, captions[n]))) for n in numbers],
+            row_tokens=self.config.row_tokens,
+            hidden_size=self.hidden_size,
+            data_size=self.layout.data_size,
+            pad_to=self.pad_to,
+            shared_prefix=self.config.shared_prefix,
+        )
+        rows = plan.rows[self.layout.data_rank]
+        mine = sorted({piece.group for row in rows for piece in row})
+        processed = {number: process(numbers[number]) for number in mine}
+        first = _first_sequences(captions)
+        groups = {
+            number: PackingGroup(
+                prompt.prompt_token_ids, prompt.position_ids, captions[numbers[number]], first[numbers[number]]
+            )
+            for number, prompt in processed.items()
+        }
+        microbatches = []
+        for planned in rows:
+            row = build_row(planned, groups, pad_to=self.pad_to, shared_prefix=self.config.shared_prefix)
+            images = tuple(processed[number].vision for number in row.images)
+            microbatches.append(Microbatch(row, images, values.of_row(row)))
+        return tuple(microbatches), plan
+
+
+def _first_sequences(captions: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+    """The step-wide number of each group's first rollout."""
+    counts = torch.tensor([len(group) for group in captions])
+    return (counts.cumsum(0) - counts).tolist()

@@ -1,0 +1,195 @@
+"""The learner: this rank's shards of the policy, their optimizer, and the three things done with them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from balcap_mega.algorithm.lm_head import HeadShard, fused_cross_entropy, fused_policy_loss, token_logprobs
+from balcap_mega.algorithm.metrics import PolicyMetrics
+from balcap_mega.algorithm.policy_loss import PolicyLoss, policy_loss
+from balcap_mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.checkpoint_io import import_checkpoint
+from balcap_mega.models.policy import build_policy
+from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.schedule import run_schedule
+from balcap_mega.training.microbatch import Microbatch
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step: the loss and its metrics over all ranks, and the gradient norm before clipping."""
+
+    loss: float
+    gradient_norm: float
+    metrics: dict[str, float]
+
+
+class Learner:
+    """Scores response tokens with the policy (`logprobs`) and moves it (`update`, `supervised_update`).
+
+    Weights come from a Hugging Face folder; `initialize_parallel` must have run. Every method is a collective: all ranks
+    call it, each with its own data-parallel share of microbatches, the same on all ranks of a model-parallel group.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        algorithm: AlgorithmConfig,
+        platform: Platform,
+        *,
+        temperature: float = 1.0,
+        max_response_length: int | None = None,
+    ):
+        self.architecture = Architecture.from_folder(folder)
+        self.algorithm = algorithm
+        self.platform = platform
+        self.temperature = temperature
+        self.max_response_length = max_response_length
+        self.policy = build_policy(self.architecture, model, parallel, platform)
+        import_checkpoint(folder, self.policy)
+        with platform.megatron():
+            self.model = wrap_ddp(self.policy, parallel)
+            self.optimizer = build_optimizer(self.model, optimizer, parallel)
+        self.reference = self._copy_of_weights() if algorithm.kl_weight > 0 else None
+
+    def logprobs(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """Each microbatch's [R] float32 logprobs of its targets; on other pipeline stages than the last, empty ones."""
+        return self._score(microbatches) or [torch.empty(0)] * len(microbatches)
+
+    def reference_logprobs(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """The same under the weights the learner started from (they are swapped in for the forward pass)."""
+        with self._reference_weights():
+            return self.logprobs(microbatches)
+
+    def update(self, microbatches: Sequence[Microbatch]) -> UpdateResult:
+        """One optimizer step on the clipped policy objective. Raises FloatingPointError before a non-finite step."""
+
+        def objective(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> PolicyLoss:
+            head, tokens = self._head(weight), microbatch.tokens
+            if self.algorithm.fused:
+                return fused_policy_loss(
+                    hidden, tokens, head, self.algorithm, max_response_length=self.max_response_length
+                )
+            logprobs, entropy = token_logprobs(hidden, tokens.targets, head)
+            return policy_loss(
+                logprobs, tokens, self.algorithm, entropy=entropy, max_response_length=self.max_response_length
+            )
+
+        return self._step(microbatches, objective)
+
+    def supervised_update(self, microbatches: Sequence[Microbatch], learning_rate: float) -> UpdateResult:
+        """One optimizer step on the cross-entropy of the targets."""
+        self.set_learning_rate(learning_rate)
+        return self._step(
+            microbatches,
+            lambda hidden, weight, microbatch: fused_cross_entropy(
+                hidden, microbatch.tokens.targets, self._head(weight)
+            ),
+        )
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def _head(self, weight: Tensor) -> HeadShard:
+        return HeadShard(
+            weight,
+            self.architecture.vocab_size,
+            parallel_state.get_tensor_model_parallel_group(),
+            temperature=self.temperature,
+        )
+
+    def _forward(self, objective: Callable) -> Callable[[nn.Module, Microbatch], Tensor]:
+        """The schedule's forward step: `objective(hidden, head weight, microbatch)` on the last stage."""
+
+        def forward(model: nn.Module, microbatch: Microbatch) -> Tensor:
+            row, device = microbatch.row, self.platform.device
+            return model(
+                row.tokens[None].to(device),
+                row.position_ids[:, None].to(device),
+                row.segments.to(device),
+                row.hidden_rows.to(device),
+                lambda hidden, weight: objective(hidden, weight, microbatch),
+                images=microbatch.images,
+                image_order=range(len(microbatch.images)),
+            )
+
+        return forward
+
+    def _score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        def objective(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> Tensor:
+            return token_logprobs(hidden, microbatch.tokens.targets, self._head(weight))[0]
+
+        self.model.eval()
+        with self.platform.megatron():
+            return run_schedule(
+                self.model,
+                microbatches,
+                self._forward(objective),
+                lambda microbatch, logprobs: (logprobs.sum(), torch.tensor(1, dtype=torch.int32), logprobs),
+                forward_only=True,
+            )
+
+    def _step(self, microbatches: Sequence[Microbatch], objective: Callable[..., PolicyLoss]) -> UpdateResult:
+        results: dict[int, PolicyLoss] = {}
+
+        def keep(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> Tensor:
+            result = results[id(microbatch)] = objective(hidden, weight, microbatch)
+            return result.loss_sum
+
+        def loss(microbatch: Microbatch, loss_sum: Tensor) -> tuple[Tensor, Tensor, None]:
+            return loss_sum, results[id(microbatch)].normaliser.int(), None
+
+        self.model.train()
+        with self.platform.megatron():
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            run_schedule(self.model, microbatches, self._forward(keep), loss)
+            loss_value, metrics = self._reduce(list(results.values()))
+            if not torch.isfinite(torch.tensor(loss_value)):
+                raise FloatingPointError(f"the loss is {loss_value}; the weights were left as they were")
+            _, gradient_norm, _ = self.optimizer.step()
+        return UpdateResult(loss_value, float(gradient_norm), metrics)
+
+    def _reduce(self, results: Sequence[PolicyLoss]) -> tuple[float, dict[str, float]]:
+        """Sum over microbatches and data-parallel ranks, known to every rank: each last stage's first rank counts."""
+        metrics = PolicyMetrics.zero(self.platform.device)
+        totals = torch.zeros(2, device=self.platform.device)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for result in results:
+                metrics = metrics + result.metrics
+                totals += torch.stack([result.loss_sum.detach(), result.normaliser.to(totals)])
+        torch.distributed.all_reduce(totals)
+        return (totals[0] / totals[1]).item(), metrics.all_reduced().summary()
+
+    def _copy_of_weights(self) -> dict[str, Tensor]:
+        return {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in self.policy.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @contextmanager
+    def _reference_weights(self):
+        current = self._copy_of_weights()
+        self._load(self.reference)
+        try:
+            yield
+        finally:
+            self._load(current)
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.policy.named_parameters():
+                if name in weights:
+                    parameter.copy_(weights[name])

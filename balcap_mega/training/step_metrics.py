@@ -1,0 +1,71 @@
+"""What a step reports: one flat dictionary of numbers, named as the console, TensorBoard and metrics.jsonl show them."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from balcap_mega.algorithm.batch import Advantages, RewardBatch
+from balcap_mega.algorithm.length_gate import length_ratios
+from balcap_mega.rewards.judge import b_capscore
+from balcap_mega.rollout.rollouts import RolloutGroup
+from balcap_mega.training.batches import Batches
+from balcap_mega.training.learner import UpdateResult
+
+
+def step_metrics(
+    groups: Sequence[RolloutGroup],
+    rewards: RewardBatch,
+    advantages: Advantages,
+    batches: Batches,
+    updates: Sequence[UpdateResult],
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """Rewards over the step's rollouts, the mean of its updates, sizes, and seconds by phase.
+
+    The trainer/engine logprob difference and the ratio are those of the first update, which starts from the very
+    weights that the engine sampled with.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    response_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    total = sum(seconds.values())
+    first = updates[0].metrics
+    return {
+        **reward_metrics(rewards, advantages),
+        "rollout/finished": fmean(rollout.finished for rollout in rollouts),
+        "rollout/response_tokens": response_tokens / len(rollouts),
+        "rollout/logprob_difference_max": first["engine_logprob_difference_max"],
+        "rollout/logprob_difference": first["engine_logprob_difference"],
+        "policy/loss": fmean(update.loss for update in updates),
+        "policy/gradient_norm": fmean(update.gradient_norm for update in updates),
+        **{
+            f"policy/{name}": fmean(update.metrics[name] for update in updates)
+            for name in ("clip_fraction", "dual_clip_fraction", "kl_reference", "kl_old", "importance_weight")
+        },
+        "policy/importance_truncated": fmean(update.metrics["importance_truncated"] for update in updates),
+        "policy/entropy": first["entropy"],
+        "policy/ratio_max": max(update.metrics["ratio_max"] for update in updates),
+        "policy/ratio_max_first": first["ratio_max"],
+        "packing/tokens": sum(plan.tokens for plan in batches.plans),
+        "packing/padding_share": sum(p.padding for p in batches.plans) / sum(p.tokens for p in batches.plans),
+        "packing/tokens_saved": sum(p.unshared_tokens for p in batches.plans) / sum(p.tokens for p in batches.plans),
+        "packing/imbalance": max(plan.imbalance for plan in batches.plans),
+        "throughput/response_tokens_per_second": response_tokens / total,
+        "throughput/samples_per_second": len(rollouts) / total,
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "seconds/step": total,
+    }
+
+
+def reward_metrics(rewards: RewardBatch, advantages: Advantages) -> dict[str, float]:
+    """Means over the rollouts that have a component, as judged (before the length gate), on 0-1."""
+    metrics = {}
+    for name, values, valid in zip(rewards.names, rewards.values, rewards.valid, strict=True):
+        metrics[f"reward/{name}"] = values[valid].mean().item() if valid.any() else 0.0
+        metrics[f"reward/{name}_missing"] = 1 - valid.float().mean().item()
+    return {
+        **metrics,
+        "reward/b_capscore": b_capscore(*(metrics[f"reward/{name}"] for name in rewards.names)),
+        "reward/gate_rate": advantages.gated.float().mean().item(),
+        "reward/length_ratio": length_ratios(rewards).mean().item(),
+        "advantage/zero_share": (advantages.values == 0).float().mean().item(),
+        "advantage/std": advantages.values.std().item(),
+    }

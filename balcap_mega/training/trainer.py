@@ -1,0 +1,74 @@
+"""One step of BalCapRL: data, rollout, rewards, advantages, packing, policy update, resharding."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from balcap_mega.algorithm.advantages import compute_advantages
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.data.records import CaptionDataset
+from balcap_mega.data.sampler import PromptSampler
+from balcap_mega.rewards.collect import build_reward_batch
+from balcap_mega.rewards.judge import Judge
+from balcap_mega.rewards.missing import refuse_missing
+from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.refit import Refit
+from balcap_mega.rollout.replicas import Replicas
+from balcap_mega.training.batches import BatchBuilder, Prompts
+from balcap_mega.training.judging import Judging
+from balcap_mega.training.learner import Learner, UpdateResult
+from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
+from balcap_mega.training.metrics import PhaseTimer
+from balcap_mega.training.step_metrics import step_metrics
+
+
+@dataclass
+class Trainer:
+    """Everything a step needs, on every rank alike. A step is a pure function of the weights, the seed and its number."""
+
+    config: RunConfig
+    dataset: CaptionDataset
+    sampler: PromptSampler
+    length: Callable[[str], float]
+    judge: Judge
+    engine: RolloutEngine
+    replicas: Replicas
+    batches: BatchBuilder
+    learner: Learner
+    refit: Refit
+
+    def step(self, number: int) -> dict[str, float]:
+        """Run step `number` (from 0) and return its metrics. A collective."""
+        phase = PhaseTimer()
+        with phase("data"):
+            prompts = Prompts(self.dataset, self.sampler.indices(number))
+            judging = Judging(self.judge, prompts, self.length)
+        with phase("rollout"):
+            mine = self.engine.sample(prompts.of(self.replicas), step=number, on_finished=judging.submit)
+        with phase("rewards"):
+            scored = self.replicas.gather(list(zip(mine, judging.scores(mine), strict=True)))
+            groups, scores = zip(*scored, strict=True)
+            rewards = build_reward_batch(scores)
+            refuse_missing(rewards, self.config.rewards.max_missing_fraction)
+        with phase("advantages"):
+            advantages = compute_advantages(rewards, self.config.algorithm)
+        with phase("packing"):
+            batches = self.batches.from_rollouts(prompts, groups, advantages, self.config.optimizer.updates_per_step)
+        with phase("update"):
+            updates = self.update(batches.minibatches)
+        with phase("refit"):
+            refit = self.refit()
+        return step_metrics(groups, rewards, advantages, batches, updates, refit, phase.seconds)
+
+    def update(self, minibatches: Sequence[Sequence[Microbatch]]) -> list[UpdateResult]:
+        """One optimizer step a minibatch, the ratio and the KL always against the policy the step began with."""
+        if self.config.algorithm.kl_weight > 0:
+            minibatches = [
+                with_reference_logprobs(minibatch, self.learner.reference_logprobs(minibatch))
+                for minibatch in minibatches
+            ]
+        # The first update needs no old logprobs: they are its own. Later ones need them from before the first.
+        minibatches = [
+            *minibatches[:1],
+            *(with_old_logprobs(minibatch, self.learner.logprobs(minibatch)) for minibatch in minibatches[1:]),
+        ]
+        return [self.learner.update(minibatch) for minibatch in minibatches]
