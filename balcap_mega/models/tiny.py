@@ -3,11 +3,13 @@
 Nothing downstream knows that it is small: it is imported, trained, exported and served like any other checkpoint.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -200,6 +202,17 @@ def _write_llava(folder, texts, vocab_size, text_overrides, vision_overrides, ti
         chat_template=LLAVA_CHAT_TEMPLATE,
     )
     _save(folder, LlavaForConditionalGeneration(config), processor)
+    _rename_clip_tower(folder / "model.safetensors")
+
+
+def _rename_clip_tower(path: Path) -> None:
+    """The tower's names as published LLaVA-1.5 checkpoints have them: transformers reads both, vLLM only these."""
+    weights = load_file(path)
+    save_file(
+        {re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", k): v for k, v in weights.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def _save(folder: Path, model, processor) -> None:

@@ -1,0 +1,193 @@
+"""vLLM in the trainer's processes: captions of a step's prompts, with the logprobs the trainer is held against."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from balcap_mega.config.schema import RolloutConfig
+from balcap_mega.data.records import CaptionRecord
+from balcap_mega.models.processing import PromptProcessor
+from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
+from balcap_mega.rollout.vllm_runtime import import_vllm, process_state_kept
+
+CPU_KV_CACHE_BYTES = 2**30
+"""Key/value cache on a CPU, where `memory_fraction` would be a share of memory that other programs use too."""
+
+OnFinished = Callable[[int, int, Rollout], None]
+"""(record index, rollout number, rollout), called as soon as one caption is finished, while others still generate."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A record to caption, with its index in its dataset."""
+
+    record_index: int
+    record: CaptionRecord
+
+
+class RolloutEngine:
+    """One vLLM engine over `rollout.tensor_parallel` consecutive ranks, in the processes that train.
+
+    With W ranks there are W / tensor_parallel replicas; `balcap_mega.rollout.replicas` shares prompts out and gathers
+    rollouts. The ranks of a replica must make the same calls with the same arguments. Construction is a collective.
+
+    The policy is softmax(logits / temperature) over the whole vocabulary, and `Rollout.logprobs` are exactly its
+    logprobs, at any temperature: vLLM's own logits processor is given 1 / temperature as its scale, and requests sample
+    at temperature 1 with `raw_logprobs`. Media tokens are banned, and `top_p` < 1 truncates, only while a token is
+    drawn: either leaves the reported logprobs those of the full distribution, which is what the trainer differentiates.
+    With top_p < 1 captions therefore come from the nucleus alone, and that bias stays uncorrected.
+    """
+
+    def __init__(
+        self,
+        model_folder: str | Path,
+        config: RolloutConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+    ):
+        self.config = config
+        self.device = device
+        self.seed = seed
+        self.processor = PromptProcessor(model_folder)
+        self._vllm = import_vllm()
+        with process_state_kept(device):
+            args = self._vllm.EngineArgs(**engine_arguments(model_folder, config, device, dtype, seed))
+            self.llm = self._vllm.LLMEngine.from_engine_args(args)
+        self.llm.apply_model(self._temper)
+
+    def sample(
+        self, prompts: Sequence[Prompt], *, step: int, on_finished: OnFinished | None = None
+    ) -> list[RolloutGroup]:
+        """`group_size` captions of each prompt, in the prompts' order.
+
+        Drawn from (run seed, step, record index, rollout number) alone: a resumed run draws the same ones. Raises
+        TimeoutError, naming what it waited for, after `timeout_seconds`.
+        """
+        return self._generate(
+            prompts,
+            lambda prompt: self._sampling_params(
+                temperature=1.0,
+                top_p=self.config.top_p,
+                seed=request_seed(self.seed, step, prompt.record_index),
+            ),
+            self.config.group_size,
+            on_finished,
+        )
+
+    def greedy(self, prompts: Sequence[Prompt], *, on_finished: OnFinished | None = None) -> list[RolloutGroup]:
+        """The most likely next token each time, for evaluation: groups of one caption."""
+        return self._generate(prompts, lambda prompt: self._sampling_params(temperature=0.0), 1, on_finished)
+
+    def reset_caches(self) -> None:
+        """Forget everything computed with the weights so far: key/values, processed images, image embeddings.
+
+        After every change of weights. Left in part, vLLM waits for ever on an image it believes to be encoded.
+        """
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.reset_encoder_cache()
+
+    def _temper(self, model: torch.nn.Module) -> None:
+        model.get_language_model().logits_processor.scale = 1 / self.config.temperature
+
+    def _sampling_params(self, **sampling: Any):
+        return self._vllm.SamplingParams(
+            max_tokens=self.config.max_tokens,
+            logprobs=0,  # of the sampled token
+            logit_bias=dict.fromkeys(self.processor.banned_token_ids, -torch.inf),
+            # With the interval, one output as a caption begins and one as it ends.
+            output_kind=self._vllm.sampling_params.RequestOutputKind.CUMULATIVE,
+            stream_interval=self.config.max_tokens + 1,
+            **sampling,
+        )
+
+    def _generate(
+        self, prompts: Sequence[Prompt], params: Callable, count: int, on_finished: OnFinished | None
+    ) -> list[RolloutGroup]:
+        """`count` captions of each prompt, under the vLLM sampling parameters `params(prompt)`."""
+        deadline = time.monotonic() + self.config.timeout_seconds
+        captions: list[dict[int, Rollout]] = [{} for _ in prompts]
+        prompt_token_ids: list[tuple[int, ...]] = [()] * len(prompts)
+        with process_state_kept(self.device):
+            requests = []
+            for place, prompt in enumerate(prompts):
+                sampling = params(prompt)
+                sampling.n = count
+                requests.append(self.llm.add_request(str(place), self.processor.engine_prompt(prompt.record), sampling))
+            while self.llm.has_unfinished_requests():
+                if time.monotonic() > deadline:
+                    self.llm.abort_request(requests, internal=True)
+                    raise TimeoutError(self._waited_for(prompts, captions, count))
+                for output in self.llm.step():
+                    place = int(output.request_id)
+                    prompt_token_ids[place] = tuple(output.prompt_token_ids)
+                    for completion in output.outputs:
+                        if completion.finish_reason is None:
+                            continue
+                        rollout = captions[place][completion.index] = _rollout(completion)
+                        if on_finished is not None:
+                            on_finished(prompts[place].record_index, completion.index, rollout)
+        return [
+            RolloutGroup(prompt.record_index, token_ids, tuple(group[number] for number in range(count)))
+            for prompt, token_ids, group in zip(prompts, prompt_token_ids, captions, strict=True)
+        ]
+
+    def _waited_for(self, prompts: Sequence[Prompt], captions: Sequence[dict[int, Rollout]], count: int) -> str:
+        waiting = [
+            str(prompt.record_index) for prompt, group in zip(prompts, captions, strict=True) if len(group) < count
+        ]
+        shown = ", ".join(waiting[:8]) + (", ..." if len(waiting) > 8 else "")
+        return (
+            f"rollout.timeout_seconds={self.config.timeout_seconds} passed with {sum(map(len, captions))} of "
+            f"{count * len(prompts)} captions finished; still waiting for {len(waiting)} records ({shown})"
+        )
+
+
+def engine_arguments(
+    model_folder: str | Path, config: RolloutConfig, device: torch.device, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
+    """vLLM's `EngineArgs` for this run."""
+    arguments = {
+        "model": str(model_folder),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+        "max_model_len": config.max_model_len,
+        "tensor_parallel_size": config.tensor_parallel,
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+    }
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        arguments["distributed_executor_backend"] = "external_launcher"
+    if device.type == "cuda":
+        arguments |= {"gpu_memory_utilization": config.memory_fraction, "enable_sleep_mode": True}
+    else:
+        arguments |= {
+            "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+            "enforce_eager": True,
+            # A prompt in pieces rewinds its seeded generator after all but the last, which CPU generators cannot.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(config.max_model_len, 8192),
+        }
+    if config.fp8:
+        arguments["quantization"] = "fp8"
+    return arguments
+
+
+def request_seed(seed: int, step: int, record_index: int) -> int:
+    """A 62-bit seed for one prompt of one step; vLLM adds the rollout's number to it."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{record_index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def _rollout(completion) -> Rollout:
+    token_ids = tuple(completion.token_ids)
+    logprobs = tuple(chosen[token].logprob for token, chosen in zip(token_ids, completion.logprobs, strict=True))
+    return Rollout(token_ids, logprobs, completion.text, completion.finish_reason == "stop")

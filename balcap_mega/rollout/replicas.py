@@ -1,0 +1,45 @@
+"""A step's prompts shared out over the engines, and everybody's rollouts gathered again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from balcap_mega.rollout.rollouts import RolloutGroup
+
+Prompt = TypeVar("Prompt")
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Which engine this rank is part of. vLLM's tensor-parallel groups are consecutive ranks."""
+
+    index: int
+    count: int
+    tensor_rank: int
+
+    @classmethod
+    def current(cls, tensor_parallel: int) -> "Replica":
+        """By torch.distributed's rank and world size; `config.preflight` has checked that the world divides."""
+        if not torch.distributed.is_initialized():
+            return cls(0, 1, 0)
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return cls(rank // tensor_parallel, world // tensor_parallel, rank % tensor_parallel)
+
+    def shard(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """This replica's share: every `count`-th prompt, so that neighbours of like length spread over replicas."""
+        return list(prompts[self.index :: self.count])
+
+    def gather_rollouts(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """What all replicas generated of a step's prompts, in the prompts' order, on every rank. A collective.
+
+        groups: this replica's, in the order of `shard(prompts)`. Token ids, logprobs and text travel, no pixels.
+        """
+        if self.count == 1:
+            return list(groups)
+        shares: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(shares, list(groups) if self.tensor_rank == 0 else None)
+        by_replica = [share for share in shares if share is not None]
+        total = sum(map(len, by_replica))
+        return [by_replica[place % self.count][place // self.count] for place in range(total)]

@@ -1,0 +1,51 @@
+"""How vLLM is loaded into the trainer's process: settings it reads at import, and what it must leave alone."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import numpy
+import torch
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its steps and weights are ours to drive
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay as the launcher placed them
+}
+
+
+def import_vllm() -> ModuleType:
+    """Import vLLM (several seconds, so on first use and not with this package) with the settings above.
+
+    Variables that the user has set win, except the first, without which the engine would live in another process.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import vllm
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # The sampler's one compiled helper, a comparison and a sum, would cost ten seconds of C++ compilation.
+        type(current_platform).simple_compile_backend = "eager"
+    return vllm
+
+
+@contextmanager
+def process_state_kept(device: torch.device) -> Iterator[None]:
+    """Whatever vLLM draws or seeds inside, Python's, NumPy's and torch's random generators are as before on leaving.
+
+    `torch.set_num_threads` too: vLLM's CPU worker replaces it with a function that does nothing.
+    """
+    python_state, numpy_state, set_num_threads = random.getstate(), numpy.random.get_state(), torch.set_num_threads
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        torch.set_num_threads = set_num_threads
