@@ -22,5 +22,41 @@ setup(
             "balcap_mega = balcap_mega.models.torchvision_operators:declare_torchvision_operators",
         ]
     },
+    # What the package itself imports, but vLLM, whose CPU build has another name. All is pinned in two places:
+    # launch/cpu.lock (Linux without a GPU, Python 3.11) and the extra `cuda` (H100, Python 3.12).
+    install_requires=[
+        "aiohttp>=3.14",
+        "httpx>=0.28",
+        "jinja2>=3.1",
+        "matplotlib>=3.10",
+        "megatron-core==0.16.1",
+        "numpy>=2.0",
+        "pillow>=12",
+        "pydantic>=2.12",
+        "pyyaml>=6.0",
+        "rich>=14",
+        "safetensors>=0.6",
+        "tenacity>=9",
+        "tensorboard>=2.20",
+        "tokenizers>=0.23",
+        "torch==2.13.0",
+        "transformers>=5.16.1,<5.20",
+    ],
+    extras_require={
+        "cuda": [
+            "nvidia-dali-cuda130==2.4.0",
+            "transformer-engine[core-cu13,pytorch]==2.11.0",
+            "vllm==0.32.0",
+        ],
+        "flash": ["flash-attn==2.8.3"],  # built from source against the torch that is installed
+        "test": [
+            "hypothesis==6.170.15",
+            "pytest==9.2.0",
+            "pytest-timeout==2.4.0",
+            "pytest-xdist==3.8.0",
+            "scikit-image==0.26.0",
+            "trl==1.16.0",
+        ],
+    },
     package_data={"balcap_mega": ["**/*.txt", "**/*.md", "**/*.json", "**/*.html"]},
 )
