@@ -78,11 +78,15 @@ class ImageFileDataset:
         for index in indices:
             if not 0 <= index < len(self.rows):
                 raise IndexError(f"record {index} of a dataset of {len(self.rows)}")
-        pictures = self._decode([(self.root / self.rows[index].image).read_bytes() for index in indices])
+        pictures = self._decode([self._read(index) for index in indices])
         return [
             self._next_sound(index) if picture is None else self._record(index, picture)
             for index, picture in zip(indices, pictures)
         ]
+
+    def is_sound(self, index: int) -> bool:
+        """Whether the picture of row `index` can be decoded."""
+        return self._decode([self._read(index)]) != [None]
 
     def subset(self, images: set[str], size: int | None = None) -> "ImageFileDataset":
         """The first `size` rows whose image is one of `images`."""
@@ -90,6 +94,9 @@ class ImageFileDataset:
         part.rows = [row for row in self.rows if row.image in images][:size]
         part.missing, part._corrupt, part._total = 0, set(), len(part.rows)
         return part
+
+    def _read(self, index: int) -> bytes:
+        return (self.root / self.rows[index].image).read_bytes()
 
     def _record(self, index: int, picture) -> CaptionRecord:
         row = self.rows[index]
@@ -104,7 +111,7 @@ class ImageFileDataset:
                 log.warning("%s is corrupt; the next image takes its place", self.root / self.rows[index].image)
                 self._refuse_too_many()
             index = (index + 1) % len(self.rows)
-            (picture,) = self._decode([(self.root / self.rows[index].image).read_bytes()])
+            (picture,) = self._decode([self._read(index)])
             if picture is not None:
                 return self._record(index, picture)
 

@@ -1,0 +1,82 @@
+"""Prepare a dataset once: every image decoded, every reference's units extracted, all in one JSONL file to ship."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from balcap_mega.data.files import ImageFileDataset, ImageRow
+from balcap_mega.data.jsonl import as_line
+from balcap_mega.rewards.mllm.client import RequestFailed
+from balcap_mega.rewards.mllm.judge import MllmJudge
+
+AHEAD = 512  # rows whose units are being asked for at once; the endpoint's own limit is below
+
+
+@dataclass
+class PreparationReport:
+    written: int = 0
+    already_there: int = 0
+    corrupt_images: int = 0
+    failed_units: int = 0
+
+
+def prepare(
+    dataset: ImageFileDataset,
+    output: str | Path,
+    judge: MllmJudge,
+    progress: Callable[[], None] = lambda: None,
+) -> PreparationReport:
+    """Append each row, with its units, to `output`; rows that stand there already are left as they are.
+
+    A row whose image is corrupt, or whose units no attempt could extract, is left out and counted: run again to try
+    those once more. `progress` is called once a row.
+    """
+    report = PreparationReport()
+    done = _finished_rows(Path(output))
+    waiting: deque[tuple[ImageRow, Future[tuple[str, ...]]]] = deque()
+
+    def finish_oldest(file) -> None:
+        row, units = waiting.popleft()
+        try:
+            file.write(as_line(replace(row, units=units.result())) + "\n")
+            file.flush()
+            report.written += 1
+        except RequestFailed:
+            report.failed_units += 1
+        progress()
+
+    with Path(output).open("a", encoding="utf-8") as file:
+        for index, row in enumerate(dataset.rows):
+            if (row.id, row.image) in done:
+                report.already_there += 1
+            elif not dataset.is_sound(index):
+                report.corrupt_images += 1
+            else:
+                waiting.append((row, judge.submit_units(row.reference)))
+                if len(waiting) >= AHEAD:
+                    finish_oldest(file)
+                continue
+            progress()
+        while waiting:
+            finish_oldest(file)
+    return report
+
+
+def _finished_rows(output: Path) -> set[tuple[str, str]]:
+    """(id, image) of the rows in `output`, whose last line may have been cut by an interruption: it is removed."""
+    if not output.exists():
+        return set()
+    text = output.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        output.write_bytes(whole)
+    return set(_identities(whole.decode("utf-8").splitlines()))
+
+
+def _identities(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        row = json.loads(line)
+        yield row["id"], row["image"]

@@ -1,0 +1,60 @@
+"""launch/prepare_data.py, run as its users run it, on the photos and a local judge."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import skimage
+
+from balcap_mega.data.jsonl import read_jsonl
+from tests.judge_server import Fault, JudgeServer
+
+REPOSITORY = Path(__file__).parents[1]
+PHOTOS = Path(skimage.__file__).parent / "data"
+
+
+def prepare(server: JudgeServer, data: Path, output: Path, *extra: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/prepare_data.py", "--source", "sharegpt4v", "--data", data, "--output", output]
+    command += ["--images", PHOTOS, "--base-url", server.base_url, "--model", "judge", *extra]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    photos = read_jsonl(REPOSITORY / "tests" / "data" / "photos.jsonl")
+    rows = [
+        {
+            "id": row.id,
+            "image": row.image,
+            "conversations": [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": row.reference}],
+        }
+        for row in photos
+    ]
+    rows[3]["image"] = "README.txt"  # there, and no image
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_units_are_extracted_once_and_an_interrupted_run_goes_on(tmp_path, data):
+    output = tmp_path / "prepared.jsonl"
+    with JudgeServer() as server:
+        server.faults["units"] = [Fault(status=400)]
+        first = prepare(server, data, output)
+        assert first.returncode == 0, first.stderr
+        assert "8 rows written, 0 were there" in first.stdout
+        assert "1 corrupt, 1 without units" in first.stdout
+        lines = output.read_text().splitlines(keepends=True)
+        output.write_text("".join(lines[:5]) + lines[5][:40])  # as an interruption leaves it
+        server.requests.clear()
+        second = prepare(server, data, output)
+        assert "4 rows written, 5 were there" in second.stdout
+        assert len(server.asked("units")) == 4
+        refused = prepare(server, data, output, "--prefix", "coco/")
+        assert refused.returncode == 2 and "no row of the dataset" in refused.stderr
+    prepared = read_jsonl(output)
+    assert len({row.id for row in prepared}) == len(prepared) == 9
+    astronaut = next(row for row in prepared if row.id == "astronaut")
+    assert astronaut.prompt == "What?" and astronaut.units[0].startswith("A smiling woman")
