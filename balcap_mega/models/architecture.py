@@ -157,6 +157,7 @@ class Architecture:
                 "pipeline_model_parallel_layout": _stage_layout(stages),
                 "pipeline_dtype": dtype,
                 "variable_seq_lengths": True,
+                "moe_token_dispatcher_type": "alltoall",  # no experts here, but the default is refused with it
             }
         if model.recompute == "full":
             options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -33,6 +33,7 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -98,6 +99,7 @@ class VisionLanguagePolicy(MegatronModule):
         super().__init__(config)
         layout = current_layout()
         self.architecture = architecture
+        self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
         self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
         self.freeze_vision = freeze_vision

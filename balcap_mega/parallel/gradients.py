@@ -56,10 +56,11 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW with float32 master weights and global gradient clipping, sharded over data-parallel ranks if asked for.
 
-    `optimizer.step()` returns (updated, gradient norm before clipping, None). Vectors (norms, biases) are not decayed.
+    Before each step's schedule call `model.zero_grad_buffer()` and `optimizer.zero_grad()`. `optimizer.step()` then
+    returns (updated, gradient norm before clipping, None). Vectors (norms, biases) are not decayed.
     """
     dtype = get_model_config(model).params_dtype
-    return get_megatron_optimizer(
+    built = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.learning_rate,
@@ -74,3 +75,7 @@ def build_optimizer(
         ),
         [model],
     )
+    for group in built.param_groups:
+        # Megatron leaves this product to its learning-rate scheduler; without one, vectors would be decayed.
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    return built

@@ -1,0 +1,228 @@
+"""The Megatron policy against transformers' own model and torch's AdamW, at every layout, in float32."""
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from balcap_mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.policy import VisionLanguagePolicy, build_policy
+from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
+from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.schedule import run_schedule
+from tests.distributed import launch
+from tests.policy_cases import (
+    Case,
+    expected_shard,
+    load_reference,
+    load_state,
+    make_case,
+    reference_logits,
+    reference_loss,
+)
+
+# eps is far above float32 noise in the gradients: Adam would otherwise turn the noise of entries whose true gradient is
+# zero (such as the key biases of CLIP) into steps of full size, in transformers' model as well as in ours.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.95), eps=1e-5, max_grad_norm=1.0)
+STEPS = 3
+FAMILIES = ("qwen2_5_vl", "llava")
+
+
+def whole_logits(vocab_size: int):
+    def objective(hidden, weight):
+        return gather_from_tensor_model_parallel_region(hidden @ weight.t())[:, :vocab_size]
+
+    return objective
+
+
+def run_rows(policy, model, case: Case, *, forward_only: bool):
+    """This rank's rows through the schedule: [(sequence ids, logits, loss sum)] on the last stage."""
+    layout = current_layout()
+    vocab_size = policy.architecture.vocab_size
+
+    def forward(stage, row):
+        images, order = case.images_of(row)
+        return stage(
+            row.tokens[None],
+            row.position_ids[:, None],
+            row.segments,
+            row.hidden_rows,
+            whole_logits(vocab_size),
+            images,
+            order,
+        )
+
+    def loss(row, logits):
+        total = torch.nn.functional.cross_entropy(logits, row.targets, reduction="sum")
+        count = torch.tensor(len(row.targets), dtype=torch.int)
+        return total, count, (row, logits.detach(), float(total))
+
+    rows = case.rows[layout.data_rank :: layout.data_size]
+    return run_schedule(model, rows, forward, loss, forward_only=forward_only)
+
+
+def largest_logit_difference(results, reference: dict[int, torch.Tensor]) -> float:
+    largest = 0.0
+    for row, logits, _ in results:
+        for sequence in row.sequence_ids.unique().tolist():
+            difference = logits[row.sequence_ids == sequence] - reference[sequence]
+            largest = max(largest, float(difference.abs().max()))
+    return largest
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor, floor: float = 1e-12) -> float:
+    """Largest difference over the largest expected entry, or over `floor` where all of them are smaller."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(floor))
+
+
+def train_reference(folder, case: Case, freeze_vision: bool):
+    """Logits, gradients, losses, norms and weights of transformers' model under torch's AdamW."""
+    model = load_reference(folder)
+    unused = ("vision_tower.encoder.layers.2.", "vision_tower.post_layernorm.")  # behind LLaVA's feature layer
+    for name, parameter in model.named_parameters():
+        in_vision = "visual." in name or "vision_tower." in name or "multi_modal_projector." in name
+        parameter.requires_grad_(not (freeze_vision and in_vision) and not any(part in name for part in unused))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    vectors = [parameter for parameter in trained.values() if parameter.ndim == 1]
+    matrices = [parameter for parameter in trained.values() if parameter.ndim > 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=OPTIMIZER.learning_rate, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay,
+    )  # fmt: skip
+    logits = {sequence: value.detach() for sequence, value, _ in reference_logits(model, case)}
+    gradients, losses, norms = None, [], []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = reference_loss(model, case)
+        loss.backward()
+        if gradients is None:
+            gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
+        losses.append(float(loss))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), OPTIMIZER.max_grad_norm)))
+        optimizer.step()
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    return {
+        "logits": logits,
+        "gradients": gradients,
+        "losses": losses,
+        "norms": norms,
+        "before": before,
+        "after": after,
+    }
+
+
+def compare(folder, case: Case, reference: dict, parallel: ParallelConfig, **model_options) -> dict[str, float]:
+    """Largest differences of this rank's part of the policy from the reference, over three updates."""
+    platform = Platform.resolve("cpu")
+    initialize_parallel(parallel, platform)
+    config = ModelConfig(path=str(folder), dtype="float32", **model_options)
+    policy: VisionLanguagePolicy = build_policy(Architecture.from_folder(folder), config, parallel, platform)
+    load_state(policy, reference["before"])
+    differences = {}
+    with platform.megatron():
+        results = run_rows(policy, policy, case, forward_only=True)
+        if current_layout().is_last_stage:
+            differences["logits"] = largest_logit_difference(results, reference["logits"])
+        model = wrap_ddp(policy, parallel)
+        optimizer = build_optimizer(model, OPTIMIZER, parallel)
+        losses, norms = [], []
+        for step in range(STEPS):
+            model.zero_grad_buffer()
+            optimizer.zero_grad()
+            results = run_rows(policy, model, case, forward_only=False)
+            losses.append(sum(total for _, _, total in results))
+            if step == 0 and not parallel.distributed_optimizer:  # else a rank holds only its shard of the sum
+                gradients = reference["gradients"]
+                tied = {"lm_head.weight": gradients["model.language_model.embed_tokens.weight"]}
+                differences["gradients"] = max(
+                    relative(parameter.main_grad, expected_shard(policy, name, parameter, tied | gradients), floor=1e-6)
+                    for name, parameter in policy.named_parameters()
+                    if parameter.requires_grad
+                )
+            updated, norm, _ = optimizer.step()
+            assert updated
+            norms.append(norm)
+        differences["weights"] = max(
+            relative(parameter, expected_shard(policy, name, parameter, reference["after"]))
+            for name, parameter in policy.named_parameters()
+        )
+    layout = current_layout()
+    if layout.is_last_stage:
+        tokens = sum(len(caption) for group in case.groups for caption in group.captions)
+        sums = torch.tensor(losses, dtype=torch.float64) / tokens
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        differences["loss"] = relative(sums, torch.tensor(reference["losses"], dtype=torch.float64))
+    differences["norm"] = relative(torch.tensor(norms), torch.tensor(reference["norms"]))
+    destroy_parallel()
+    return differences
+
+
+LIMITS = {"logits": 1e-4, "gradients": 1e-4, "weights": 1e-5, "loss": 1e-5, "norm": 1e-5}
+
+
+def assert_within(differences: dict[str, float], what) -> None:
+    for quantity, difference in differences.items():
+        assert difference <= LIMITS[quantity], f"{what}: {quantity} differs by {difference:.1e}"
+
+
+def parity_on_all_ranks(folder, layouts: list[dict], model_options: dict) -> list[tuple[dict, dict[str, float]]]:
+    case = make_case(folder)
+    reference = train_reference(folder, case, model_options["freeze_vision"])
+    return [(layout, compare(folder, case, reference, ParallelConfig(**layout), **model_options)) for layout in layouts]
+
+
+def check(world_size: int, folder, layouts: list[dict], **model_options) -> None:
+    for rank, results in enumerate(launch(world_size, parity_on_all_ranks, folder, layouts, model_options)):
+        for chosen, differences in results:
+            assert_within(differences, f"rank {rank} at {chosen}")
+
+
+def layout(tensor: int, pipeline: int, *, sequence: bool = False, distributed_optimizer: bool = False) -> dict:
+    return dict(tensor=tensor, pipeline=pipeline, sequence=sequence, distributed_optimizer=distributed_optimizer)
+
+
+TRAINED_VISION = {"freeze_vision": False}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rank(tiny_checkpoint, family):
+    layouts = [layout(1, 1), layout(1, 1, distributed_optimizer=True)]
+    check(1, tiny_checkpoint(family), layouts, **TRAINED_VISION)
+
+
+def test_two_ranks(tiny_checkpoint):
+    layouts = [layout(1, 1, distributed_optimizer=True), layout(2, 1), layout(2, 1, sequence=True), layout(1, 2)]
+    check(2, tiny_checkpoint("qwen2_5_vl"), layouts, **TRAINED_VISION)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_ranks(tiny_checkpoint, family):
+    layouts = [
+        layout(1, 1),
+        layout(1, 2, distributed_optimizer=True),
+        layout(2, 1, sequence=True, distributed_optimizer=True),
+        layout(2, 2),
+        layout(2, 2, sequence=True, distributed_optimizer=True),
+    ]
+    check(4, tiny_checkpoint(family), layouts, **TRAINED_VISION)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_odd_shapes(tiny_checkpoint, family):
+    """Fewer key/value heads than TP, a vocabulary TP does not divide, tied embeddings, uneven stages, frozen vision."""
+    folder = tiny_checkpoint(family, text_config={"num_hidden_layers": 5, "vocab_size": 331}, tie_word_embeddings=True)
+    layouts = [
+        layout(1, 2),
+        layout(2, 2, sequence=True, distributed_optimizer=True),
+        layout(4, 1, sequence=True),
+        layout(4, 1, distributed_optimizer=True),
+    ]
+    check(4, folder, layouts, freeze_vision=True)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_change_nothing(tiny_checkpoint, recompute):
+    check(2, tiny_checkpoint("qwen2_5_vl"), [layout(2, 1, sequence=True)], recompute=recompute, **TRAINED_VISION)
