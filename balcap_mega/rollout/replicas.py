@@ -6,9 +6,8 @@ from typing import TypeVar
 
 import torch
 
-from balcap_mega.rollout.rollouts import RolloutGroup
-
 Prompt = TypeVar("Prompt")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -27,19 +26,25 @@ class Replica:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         return cls(rank // tensor_parallel, world // tensor_parallel, rank % tensor_parallel)
 
+    @property
+    def leads(self) -> bool:
+        """One rank of each replica speaks for it: judges its captions, and contributes to `gather`."""
+        return self.tensor_rank == 0
+
     def shard(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This replica's share: every `count`-th prompt, so that neighbours of like length spread over replicas."""
         return list(prompts[self.index :: self.count])
 
-    def gather_rollouts(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """What all replicas generated of a step's prompts, in the prompts' order, on every rank. A collective.
+    def gather(self, mine: Sequence[Result]) -> list[Result]:
+        """What all replicas made of a step's prompts, in the prompts' order, on every rank. A collective.
 
-        groups: this replica's, in the order of `shard(prompts)`. Token ids, logprobs and text travel, no pixels.
+        mine: the replica's results in the order of `shard(prompts)`, of which only its leader's are read. Keep them small
+        (they are pickled): token ids, logprobs and text, no pixels.
         """
-        if self.count == 1:
-            return list(groups)
+        if not torch.distributed.is_initialized():
+            return list(mine)
         shares: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shares, list(groups) if self.tensor_rank == 0 else None)
+        torch.distributed.all_gather_object(shares, list(mine) if self.leads else None)
         by_replica = [share for share in shares if share is not None]
         total = sum(map(len, by_replica))
         return [by_replica[place % self.count][place // self.count] for place in range(total)]

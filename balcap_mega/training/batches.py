@@ -1,17 +1,20 @@
 """From token ids to microbatches: plan the rows of a step on every rank alike, build the ones this rank trains on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from balcap_mega.algorithm.batch import Advantages
 from balcap_mega.config.schema import PackingConfig
-from balcap_mega.data.records import CaptionRecord
+from balcap_mega.data.records import CaptionDataset, CaptionRecord
 from balcap_mega.models.processing import ProcessedPrompt, PromptProcessor
 from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.packing.plan import GroupLengths, PackingPlan, plan_rows
 from balcap_mega.parallel.groups import ModelLayout
+from balcap_mega.rollout.engine import Prompt
+from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import RolloutGroup
 from balcap_mega.training.microbatch import Microbatch, SequenceValues
 
@@ -19,7 +22,7 @@ from balcap_mega.training.microbatch import Microbatch, SequenceValues
 class Prompts(Mapping[int, CaptionRecord]):
     """The records of a step by their index, each read when first asked for, once on this rank."""
 
-    def __init__(self, dataset, indices: Sequence[int]):
+    def __init__(self, dataset: CaptionDataset, indices: Sequence[int]):
         self.dataset, self.indices = dataset, tuple(indices)
         self._records: dict[int, CaptionRecord] = {}
 
@@ -28,16 +31,20 @@ class Prompts(Mapping[int, CaptionRecord]):
             self._records[index] = self.dataset[index]
         return self._records[index]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    def of(self, replica: Replica) -> list[Prompt]:
+        """The share of them that an engine generates."""
+        return [Prompt(index, self[index]) for index in replica.shard(self.indices)]
+
 
 @dataclass(frozen=True)
 class Batches:
-    """minibatches[u] holds this rank's microbatches of the step's update u; `plans[u]` says how all ranks' were packed."""
+    """minibatches[u]: this rank's microbatches of the step's update u; plans[u]: how those of all ranks were packed."""
 
     minibatches: tuple[tuple[Microbatch, ...], ...]
     plans: tuple[PackingPlan, ...]
@@ -71,8 +78,7 @@ class BatchBuilder:
 
         bounds = [len(groups) * update // updates for update in range(updates + 1)]
         packed = [
-            self._pack(range(start, stop), prefixes, captions, process, values)
-            for start, stop in zip(bounds, bounds[1:])
+            self._pack(range(start, stop), prefixes, captions, process, values) for start, stop in pairwise(bounds)
         ]
         return Batches(tuple(rows for rows, _ in packed), tuple(plan for _, plan in packed))
 

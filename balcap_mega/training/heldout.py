@@ -1,13 +1,14 @@
 """Held-out evaluation: one greedy caption an image, judged, before and after reinforcement learning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
-from balcap_mega.data.records import CaptionRecord
 from balcap_mega.rewards.collect import CaptionScore
 from balcap_mega.rewards.judge import COMPONENTS, Judge, Judgement, b_capscore
 from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.replicas import Replica
+from balcap_mega.training.batches import Prompts
 from balcap_mega.training.judging import Judging
 
 
@@ -45,19 +46,12 @@ class HeldOutResult:
 
 
 def evaluate_held_out(
-    engine: RolloutEngine, judge: Judge, records: Mapping[int, CaptionRecord], length
+    engine: RolloutEngine, replica: Replica, judge: Judge, records: Prompts, length: Callable[[str], float]
 ) -> HeldOutResult:
-    """Caption the records greedily and judge each caption. A collective: the ranks share the records out."""
-    judging = Judging(judge, records, length)
-    groups = engine.generate(records, greedy=True, on_finished=judging.submit)
+    """Caption the records greedily and judge each caption. A collective: the engines share the records out."""
+    judging = Judging(judge if replica.leads else None, records, length)
     mine = [
-        HeldOutCaption(group.record_index, group.rollouts[0].text, judgement, score)
-        for group, [score] in zip(groups, judging.scores(groups), strict=True)
-        for judgement in judging.judgements(group)
+        HeldOutCaption(group.record_index, group.rollouts[0].text, judged.judgement, judged.score)
+        for group, [judged] in judging.scored(engine.greedy(records.of(replica), on_finished=judging.submit))
     ]
-    return HeldOutResult(tuple(gather(mine)))
-
-
-def sample_indices(captions: Sequence[HeldOutCaption], count: int) -> list[int]:
-    """Which captions a report shows: the first ones, which no score has chosen."""
-    return list(range(min(count, len(captions))))
+    return HeldOutResult(tuple(replica.gather(mine)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
@@ -14,16 +15,25 @@ def count_words(text: str) -> float:
     return float(len(text.split()))
 
 
+@dataclass(frozen=True)
+class JudgedCaption:
+    """What the judge said of one caption, and what it comes to."""
+
+    judgement: Judgement
+    score: CaptionScore
+
+
 class Judging:
     """The judgements of one round of captions, by record and by number within the record's group.
 
+    judge:  None on ranks that have no say (`Replica.leads`): there nothing is judged, and nothing is returned
     length: of a text, in the unit of the length gate
     timeout_seconds: the longest wait for one judgement after generation has ended
     """
 
     def __init__(
         self,
-        judge: Judge,
+        judge: Judge | None,
         records: Mapping[int, CaptionRecord],
         length: Callable[[str], float] = count_words,
         timeout_seconds: float = 600,
@@ -33,25 +43,29 @@ class Judging:
 
     def submit(self, record_index: int, number: int, rollout: Rollout) -> None:
         """Send one finished caption to the judge; returns at once."""
-        self._futures[record_index, number] = self.judge.submit(self.records[record_index], rollout.text)
+        if self.judge is not None:
+            self._futures[record_index, number] = self.judge.submit(self.records[record_index], rollout.text)
 
-    def judgements(self, group: RolloutGroup) -> list[Judgement]:
-        """Wait for a group's judgements, in the order of its rollouts."""
-        return [self._wait(group.record_index, number) for number in range(len(group.rollouts))]
-
-    def scores(self, groups: Sequence[RolloutGroup]) -> list[list[CaptionScore]]:
-        """Wait for the judgements of these groups and put them beside the captions' lengths."""
+    def scored(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, list[JudgedCaption]]]:
+        """Wait for the judgements of these groups and put them beside their captions."""
+        if self.judge is None:
+            return []
         return [
-            [
-                CaptionScore(
-                    **judgement.components(),
-                    length=self.length(rollout.text),
-                    reference_length=self.length(self.records[group.record_index].reference),
-                )
-                for rollout, judgement in zip(group.rollouts, self.judgements(group), strict=True)
-            ]
+            (
+                group,
+                [self._scored(group.record_index, number, rollout) for number, rollout in enumerate(group.rollouts)],
+            )
             for group in groups
         ]
+
+    def _scored(self, record_index: int, number: int, rollout: Rollout) -> JudgedCaption:
+        judgement = self._wait(record_index, number)
+        score = CaptionScore(
+            **judgement.components(),
+            length=self.length(rollout.text),
+            reference_length=self.length(self.records[record_index].reference),
+        )
+        return JudgedCaption(judgement, score)
 
     def _wait(self, record_index: int, number: int) -> Judgement:
         try:

@@ -34,8 +34,8 @@ class UpdateResult:
 class Learner:
     """Scores response tokens with the policy (`logprobs`) and moves it (`update`, `supervised_update`).
 
-    Weights come from a Hugging Face folder; `initialize_parallel` must have run. Every method is a collective: all ranks
-    call it, each with its own data-parallel share of microbatches, the same on all ranks of a model-parallel group.
+    Weights come from a Hugging Face folder; `initialize_parallel` must have run. Every method is a collective: all
+    ranks call it, each with its data-parallel share of microbatches, the same on all ranks of a model-parallel group.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a step reports: one flat dictionary of numbers, named as the console, TensorBoard and metrics.jsonl show them."""
+"""What a step reports: one flat dictionary of numbers, named as the console and metrics.jsonl show them."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean

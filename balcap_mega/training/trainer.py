@@ -12,18 +12,18 @@ from balcap_mega.rewards.judge import Judge
 from balcap_mega.rewards.missing import refuse_missing
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import Refit
-from balcap_mega.rollout.replicas import Replicas
+from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import BatchBuilder, Prompts
 from balcap_mega.training.judging import Judging
 from balcap_mega.training.learner import Learner, UpdateResult
-from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
 from balcap_mega.training.metrics import PhaseTimer
+from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
 from balcap_mega.training.step_metrics import step_metrics
 
 
 @dataclass
 class Trainer:
-    """Everything a step needs, on every rank alike. A step is a pure function of the weights, the seed and its number."""
+    """Everything a step needs, on every rank alike. What a step does follows from weights, seed and its number alone."""
 
     config: RunConfig
     dataset: CaptionDataset
@@ -31,7 +31,7 @@ class Trainer:
     length: Callable[[str], float]
     judge: Judge
     engine: RolloutEngine
-    replicas: Replicas
+    replica: Replica
     batches: BatchBuilder
     learner: Learner
     refit: Refit
@@ -41,13 +41,12 @@ class Trainer:
         phase = PhaseTimer()
         with phase("data"):
             prompts = Prompts(self.dataset, self.sampler.indices(number))
-            judging = Judging(self.judge, prompts, self.length)
+            judging = Judging(self.judge if self.replica.leads else None, prompts, self.length)
         with phase("rollout"):
-            mine = self.engine.sample(prompts.of(self.replicas), step=number, on_finished=judging.submit)
+            mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)
         with phase("rewards"):
-            scored = self.replicas.gather(list(zip(mine, judging.scores(mine), strict=True)))
-            groups, scores = zip(*scored, strict=True)
-            rewards = build_reward_batch(scores)
+            groups, judged = zip(*self.replica.gather(judging.scored(mine)), strict=True)
+            rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
             refuse_missing(rewards, self.config.rewards.max_missing_fraction)
         with phase("advantages"):
             advantages = compute_advantages(rewards, self.config.algorithm)
