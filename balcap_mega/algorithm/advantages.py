@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from balcap_mega.algorithm.batch import Advantages, RewardBatch
-from balcap_mega.algorithm.length_gate import control_length
+from balcap_mega.algorithm.dispatch import use_kernels
+from balcap_mega.algorithm.length_gate import GATED_COMPONENT, control_length
 from balcap_mega.config.schema import AlgorithmConfig
 
 EPSILON = 1e-4
@@ -34,7 +35,10 @@ def compute_advantages(rewards: RewardBatch, config: AlgorithmConfig) -> Advanta
     gives exactly 0, and the values are Σ_k w_k · per_component before whitening.
 
     The statistics are taken in float64, which makes "without spread gives exactly 0" exact for float32 rewards.
+    On CUDA one kernel does all of it, in float32, with the same guarantee.
     """
+    if use_kernels(rewards.values):
+        return _kernel_advantages(rewards, config)
     rewards, gated = control_length(rewards, config)
     weights = torch.tensor(component_weights(rewards.names, config), dtype=torch.float64, device=rewards.values.device)
     used = (weights > 0)[:, None]
@@ -51,6 +55,28 @@ def compute_advantages(rewards: RewardBatch, config: AlgorithmConfig) -> Advanta
     if config.normalization == "gdpo" and config.whiten:
         values = _whiten(values, scored)
     return Advantages(values=values.float(), per_component=per_component.float(), gated=gated)
+
+
+def _kernel_advantages(rewards: RewardBatch, config: AlgorithmConfig) -> Advantages:
+    from balcap_mega.kernels.advantages import advantages
+
+    values, per_component, gated = advantages(
+        rewards.values,
+        rewards.valid,
+        rewards.lengths,
+        rewards.reference_lengths,
+        rewards.group_ids,
+        weights=tuple(component_weights(rewards.names, config)),
+        sum_first=config.normalization == "grpo",
+        whiten=config.normalization == "gdpo" and config.whiten,
+        length_control=config.length_control,
+        controlled_row=rewards.names.index(GATED_COMPONENT) if GATED_COMPONENT in rewards.names else -1,
+        lower=config.gate.lower,
+        upper=config.gate.upper,
+        penalty=config.linear_penalty,
+        epsilon=EPSILON,
+    )
+    return Advantages(values, per_component, gated)
 
 
 def _group_sum(values: Tensor, group_ids: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ own operators, `copy_to_tensor_model_parallel_region(hidden[rows])`, or under se
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -16,11 +16,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from balcap_mega.algorithm.batch import TokenBatch
+from balcap_mega.algorithm.dispatch import use_kernels
 from balcap_mega.algorithm.metrics import PolicyMetrics
-from balcap_mega.algorithm.policy_loss import PolicyLoss, loss_normaliser, policy_loss
+from balcap_mega.algorithm.policy_loss import PolicyLoss, loss_normaliser, policy_loss, token_count
 from balcap_mega.config.schema import AlgorithmConfig
 
 logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = {"cpu": 2**28, "cuda": 7 * 2**27}
+TILE_ROWS = 128
+ROW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,15 @@ class HeadShard:
     vocab_size:  the true vocabulary size V; padded columns take no part in any sum and get no gradient
     group:       the tensor-parallel group, None for a single rank
     temperature: logits are divided by it
-    chunk_bytes: logits held at a time. A row's logprob may depend on it in the last bits, so keep it the same
-                 wherever logprobs are compared.
+    chunk_bytes: logits held at a time; by default enough rows to keep the GEMMs of the device busy. A row's logprob may
+                 depend on it in the last bits, so keep it the same wherever logprobs are compared.
     """
 
     weight: Tensor
     vocab_size: int
     group: ProcessGroup | None = None
     temperature: float = 1.0
-    chunk_bytes: int = 2**28
+    chunk_bytes: int | None = None
 
     @property
     def first_column(self) -> int:
@@ -50,11 +55,26 @@ class HeadShard:
         """How many of this shard's rows are vocabulary and not padding."""
         return min(max(self.vocab_size - self.first_column, 0), self.weight.shape[0])
 
-    def chunks(self, rows: int) -> Iterator[slice]:
-        """Even chunks whose logits, as wide as the whole shard, fit `chunk_bytes`."""
-        limit = max(self.chunk_bytes // (self.weight.shape[0] * self.weight.element_size()), 1)
+    def chunks(self, rows: int) -> list[slice]:
+        """Even chunks of at most `chunk_bytes` of logits, in whole GEMM tiles where there is room for one."""
+        row_bytes = self.weight.shape[0] * self.weight.element_size()
+        limit = max((self.chunk_bytes or CHUNK_BYTES[self.weight.device.type]) // row_bytes, 1)
+        limit -= limit % TILE_ROWS if limit > TILE_ROWS else 0
         size = -(-rows // max(-(-rows // limit), 1))
-        return (slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1)))
+        if size > TILE_ROWS:
+            size += -size % TILE_ROWS
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1))]
+
+    def logits_buffer(self, chunks: list[slice]) -> Tensor:
+        """Room for the largest chunk's logits in the weight's dtype, rows aligned for vector loads whatever V is."""
+        rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+        width = self.columns + -self.columns % ROW_ALIGNMENT
+        return self.weight.new_empty(rows, width, requires_grad=False)[:, : self.columns]
+
+    def column_of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Each target's column in this shard, and whether it is there at all (a column to gather from if not)."""
+        column = targets - self.first_column
+        return column.clamp(0, max(self.columns - 1, 0)), (column >= 0) & (column < self.columns)
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,7 @@ def fused_cross_entropy(hidden: Tensor, targets: Tensor, head: HeadShard) -> Pol
         return TokenTerms(-logprobs.sum(), metrics, torch.full_like(logprobs, -1.0), None)
 
     loss_sum, metrics = _fused_loss(hidden, targets, head, objective)
-    return PolicyLoss(loss_sum, torch.tensor(targets.numel(), device=targets.device), metrics)
+    return PolicyLoss(loss_sum, token_count(targets), metrics)
 
 
 def _fused_loss(hidden: Tensor, targets: Tensor, head: HeadShard, objective: Objective) -> tuple[Tensor, PolicyMetrics]:
@@ -158,27 +178,29 @@ class LogitStatistics:
         return self.log_normaliser - self.mean
 
 
-def chunk_logits(hidden: Tensor, head: HeadShard) -> Tensor:
-    """[T, columns] in the weight's dtype, temperature not yet applied, padded columns left out."""
-    return hidden @ head.weight[: head.columns].t()
+def chunk_logits(hidden: Tensor, head: HeadShard, buffer: Tensor) -> Tensor:
+    """[T, columns] at the start of the buffer, temperature not yet applied, padded columns left out."""
+    return torch.mm(hidden, head.weight[: head.columns].t(), out=buffer[: hidden.shape[0]])
 
 
 def statistics(logits: Tensor, targets: Tensor, head: HeadShard) -> LogitStatistics:
     """Local max, Σ exp, Σ z exp and target logit of each row, merged over the group in one small all-gather."""
-    logits = logits.float()
+    if use_kernels(logits):
+        from balcap_mega.kernels.lm_head import logit_statistics
+
+        return merge_statistics(logit_statistics(logits, targets, head.first_column, head.temperature), head.group)
+    if not head.columns:  # a shard of padding only
+        local = torch.zeros(4, targets.numel(), device=logits.device)
+        local[0] = -torch.inf
+        return merge_statistics(local, head.group)
     scale = 1 / head.temperature
-    owned = (targets >= head.first_column) & (targets < head.first_column + head.columns)
-    if logits.shape[1]:
-        local_max = logits.amax(dim=1) * scale
-        weights = torch.add(-local_max[:, None], logits, alpha=scale).exp_()
-        local_sum = weights.sum(dim=1)
-        local_moment = torch.linalg.vecdot(weights, logits) * scale
-        column = (targets - head.first_column).clamp(0, logits.shape[1] - 1)
-        local_target = torch.where(owned, logits.gather(1, column[:, None])[:, 0] * scale, 0.0)
-    else:  # a shard of padding only
-        local_max = logits.new_full(targets.shape, -torch.inf)
-        local_sum = local_moment = local_target = torch.zeros_like(local_max)
-    return merge_statistics(torch.stack((local_max, local_sum, local_moment, local_target)), head.group)
+    logits = logits.float()
+    maximum = logits.amax(dim=1) * scale
+    weights = torch.add(-maximum[:, None], logits, alpha=scale).exp_()
+    moment = torch.linalg.vecdot(weights, logits) * scale
+    column, owned = head.column_of(targets)
+    target = torch.where(owned, logits.gather(1, column[:, None])[:, 0] * scale, 0.0)
+    return merge_statistics(torch.stack((maximum, weights.sum(dim=1), moment, target)), head.group)
 
 
 def merge_statistics(local: Tensor, group: ProcessGroup | None) -> LogitStatistics:
@@ -207,6 +229,15 @@ def logits_to_gradient_(
 
     d z_j = d_logp · (1[j = target] − p_j) − d_H · p_j · (log p_j + H),        d logit_j = d z_j / temperature
     """
+    if use_kernels(logits):
+        from balcap_mega.kernels import lm_head
+
+        return lm_head.logits_to_gradient_(
+            logits, targets, found.log_normaliser, found.entropy, d_logprobs, d_entropy,
+            head.first_column, head.temperature,
+        )  # fmt: skip
+    if not head.columns:
+        return logits
     scale = 1 / head.temperature
     d_logprobs = d_logprobs * scale
     log_p = torch.add(-found.log_normaliser[:, None], logits.float(), alpha=scale)
@@ -214,10 +245,8 @@ def logits_to_gradient_(
     if d_entropy is not None:
         coefficient = coefficient - (d_entropy * scale)[:, None] * (log_p + found.entropy[:, None])
     gradient = log_p.exp_().mul_(coefficient)
-    owned = (targets >= head.first_column) & (targets < head.first_column + head.columns)
-    if logits.shape[1]:
-        column = (targets - head.first_column).clamp(0, logits.shape[1] - 1)
-        gradient.scatter_add_(1, column[:, None], torch.where(owned, d_logprobs, 0.0)[:, None])
+    column, owned = head.column_of(targets)
+    gradient.scatter_add_(1, column[:, None], torch.where(owned, d_logprobs, 0.0)[:, None])
     return logits.copy_(gradient)
 
 
@@ -282,8 +311,10 @@ class _FusedLoss(torch.autograd.Function):
         gradients = None
         if differentiate:
             gradients = _Gradients(hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        for rows in head.chunks(hidden.shape[0]):
-            logits = chunk_logits(hidden[rows], head)
+        chunks = head.chunks(hidden.shape[0])
+        buffer = head.logits_buffer(chunks)
+        for rows in chunks:
+            logits = chunk_logits(hidden[rows], head, buffer)
             found = statistics(logits, targets[rows], head)
             terms = objective(found.logprobs, found.entropy, rows)
             loss_sum, metrics = loss_sum + terms.loss_sum, metrics + terms.metrics
@@ -312,8 +343,10 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, head: HeadShard):
         logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
-        for rows in head.chunks(hidden.shape[0]):
-            found = statistics(chunk_logits(hidden[rows], head), targets[rows], head)
+        chunks = head.chunks(hidden.shape[0])
+        buffer = head.logits_buffer(chunks)
+        for rows in chunks:
+            found = statistics(chunk_logits(hidden[rows], head, buffer), targets[rows], head)
             logprobs[rows], entropy[rows] = found.logprobs, found.entropy
         ctx.save_for_backward(hidden, weight, targets)
         ctx.head = head
@@ -327,8 +360,10 @@ class _TokenLogprobs(torch.autograd.Function):
         if d_logprobs is None:
             d_logprobs = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        for rows in head.chunks(hidden.shape[0]):
-            logits = chunk_logits(hidden[rows], head)
+        chunks = head.chunks(hidden.shape[0])
+        buffer = head.logits_buffer(chunks)
+        for rows in chunks:
+            logits = chunk_logits(hidden[rows], head, buffer)
             found = statistics(logits, targets[rows], head)
             d_rows = None if d_entropy is None else d_entropy[rows]
             d_logits = logits_to_gradient_(logits, targets[rows], found, d_logprobs[rows], d_rows, head)

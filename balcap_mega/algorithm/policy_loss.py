@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from balcap_mega.algorithm.batch import TokenBatch
+from balcap_mega.algorithm.dispatch import use_kernels
 from balcap_mega.algorithm.metrics import PolicyMetrics
 from balcap_mega.config.schema import AlgorithmConfig
 
@@ -56,6 +57,8 @@ def policy_loss(
         entropy: [R] of the current policy; with gradient where `config.entropy_weight` is positive, which requires it
         max_response_length: L_max, required by constant_length
     """
+    if use_kernels(logprobs) and config.ratio_level == "token":
+        return kernel_policy_loss(logprobs, tokens, config, entropy, max_response_length)
     log_ratio = logprobs - tokens.old_logprobs
     if config.ratio_level == "sequence":
         log_ratio = _sequence_mean(log_ratio, tokens)
@@ -111,13 +114,53 @@ def importance_weights(log_weights: Tensor, config: AlgorithmConfig) -> tuple[Te
 def loss_normaliser(tokens: TokenBatch, config: AlgorithmConfig, max_response_length: int | None = None) -> Tensor:
     """What this microbatch adds to the divisor of the step's loss, scalar int64; see `policy_loss`."""
     if config.aggregation == "token_mean":
-        return torch.tensor(tokens.targets.numel(), device=tokens.targets.device)
+        return token_count(tokens.targets)
     sequences = _starts(tokens.sequence_ids).sum()
     if config.aggregation == "sequence_mean":
         return sequences
     if max_response_length is None:
         raise ValueError("aggregation=constant_length needs max_response_length")
     return sequences * max_response_length
+
+
+def token_count(targets: Tensor) -> Tensor:
+    """Scalar int64 on the targets' device, put there without a copy from the host."""
+    return torch.full((), targets.numel(), dtype=torch.int64, device=targets.device)
+
+
+def kernel_policy_loss(
+    logprobs: Tensor,
+    tokens: TokenBatch,
+    config: AlgorithmConfig,
+    entropy: Tensor | None,
+    max_response_length: int | None,
+    sequence_advantages: Tensor | None = None,
+) -> PolicyLoss:
+    """`policy_loss` in one launch; with `sequence_advantages` [N], it also looks each token's advantage up in them."""
+    from balcap_mega.kernels.policy_loss import Objective
+    from balcap_mega.kernels.policy_loss import PolicyLoss as KernelPolicyLoss
+
+    if config.aggregation == "constant_length" and max_response_length is None:
+        raise ValueError("aggregation=constant_length needs max_response_length")
+    objective = Objective(
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        kl_weight=config.kl_weight,
+        importance_cap=config.importance_cap,
+        entropy_weight=config.entropy_weight,
+        mean_over_sequence=config.aggregation == "sequence_mean",
+        sequence_count={"token_mean": 0, "sequence_mean": 1, "constant_length": max_response_length}[
+            config.aggregation
+        ],
+        max_log_ratio=MAX_LOG_RATIO,
+    )
+    loss_sum, normaliser, sums, maxima = KernelPolicyLoss.apply(
+        logprobs, entropy, tokens.old_logprobs, tokens.rollout_logprobs, tokens.reference_logprobs,
+        tokens.advantages if sequence_advantages is None else sequence_advantages,
+        tokens.sequence_ids, tokens.sequence_lengths, objective, sequence_advantages is not None,
+    )  # fmt: skip
+    return PolicyLoss(loss_sum, normaliser, PolicyMetrics(sums, maxima))
 
 
 def _starts(sequence_ids: Tensor) -> Tensor:
