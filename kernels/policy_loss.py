@@ -23,10 +23,10 @@ from balcap_mega.kernels.last_program import arrival_counter, is_last_program
 BLOCK = 512
 NUM_WARPS = 4
 REDUCE_ROWS = 128
-SUM_COLUMNS = (
-    9  # tokens, clipped, dual clipped, k3 to reference, k3 to old, weight, truncated, |old − rollout|, entropy
-)
-# A scratch row holds these sums, then the loss, the sequences that begin, the maxima of ratio and of |old − rollout|.
+# The sums: tokens, clipped, dual clipped, k3 to the reference, k3 to the old policy, importance weight, truncated,
+# |old − rollout|, entropy.
+SUM_COLUMNS = 9
+# A scratch row holds them, then the loss, the sequences that begin, the maxima of the ratio and of |old − rollout|.
 SCRATCH_COLUMNS = 16
 
 
