@@ -1,5 +1,8 @@
 """The Megatron policy against transformers' own model and torch's AdamW, at every layout, in float32."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -163,66 +166,87 @@ def compare(folder, case: Case, reference: dict, parallel: ParallelConfig, **mod
 LIMITS = {"logits": 1e-4, "gradients": 1e-4, "weights": 1e-5, "loss": 1e-5, "norm": 1e-5}
 
 
-def assert_within(differences: dict[str, float], what) -> None:
-    for quantity, difference in differences.items():
-        assert difference <= LIMITS[quantity], f"{what}: {quantity} differs by {difference:.1e}"
+@dataclass(frozen=True)
+class Job:
+    """One model on one rank's side: its folder, the pickled (case, reference), and the layouts to build it at."""
+
+    folder: Path
+    expectations: Path
+    layouts: tuple[ParallelConfig, ...]
+    model_options: dict
 
 
-def parity_on_all_ranks(folder, layouts: list[dict], model_options: dict) -> list[tuple[dict, dict[str, float]]]:
-    case = make_case(folder)
-    reference = train_reference(folder, case, model_options["freeze_vision"])
-    return [(layout, compare(folder, case, reference, ParallelConfig(**layout), **model_options)) for layout in layouts]
+def run_jobs(jobs: list[Job]) -> list[tuple[str, dict[str, float]]]:
+    results = []
+    for job in jobs:
+        case, reference = torch.load(job.expectations, weights_only=False)
+        for parallel in job.layouts:
+            differences = compare(job.folder, case, reference, parallel, **job.model_options)
+            results.append((f"{job.folder.name} {job.model_options} {parallel}", differences))
+    return results
 
 
-def check(world_size: int, folder, layouts: list[dict], **model_options) -> None:
-    for rank, results in enumerate(launch(world_size, parity_on_all_ranks, folder, layouts, model_options)):
-        for chosen, differences in results:
-            assert_within(differences, f"rank {rank} at {chosen}")
+def layout(tensor: int, pipeline: int, *, sequence: bool = False, distributed_optimizer: bool = False):
+    return ParallelConfig(
+        tensor=tensor, pipeline=pipeline, sequence=sequence, distributed_optimizer=distributed_optimizer
+    )
 
 
-def layout(tensor: int, pipeline: int, *, sequence: bool = False, distributed_optimizer: bool = False) -> dict:
-    return dict(tensor=tensor, pipeline=pipeline, sequence=sequence, distributed_optimizer=distributed_optimizer)
+@pytest.fixture(scope="module")
+def job(tiny_checkpoint, tmp_path_factory):
+    """`job(family, *layouts, freeze_vision=..., recompute=..., **checkpoint options)`."""
+    expectations = {}
+
+    def make(family, *layouts, freeze_vision=False, recompute="none", **checkpoint):
+        folder = tiny_checkpoint(family, **checkpoint)
+        if (folder, freeze_vision) not in expectations:
+            case = make_case(folder)
+            path = tmp_path_factory.mktemp("expectations") / "case.pt"
+            torch.save((case, train_reference(folder, case, freeze_vision)), path)
+            expectations[folder, freeze_vision] = path
+        options = {"freeze_vision": freeze_vision, "recompute": recompute}
+        return Job(folder, expectations[folder, freeze_vision], layouts, options)
+
+    return make
 
 
-TRAINED_VISION = {"freeze_vision": False}
+def check(world_size: int, *jobs: Job) -> None:
+    for rank, results in enumerate(launch(world_size, run_jobs, list(jobs))):
+        for what, differences in results:
+            for quantity, difference in differences.items():
+                message = f"rank {rank} of {what}: {quantity} differs by {difference:.1e}"
+                assert difference <= LIMITS[quantity], message
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_rank(tiny_checkpoint, family):
-    layouts = [layout(1, 1), layout(1, 1, distributed_optimizer=True)]
-    check(1, tiny_checkpoint(family), layouts, **TRAINED_VISION)
+# Fewer key/value heads (2) than TP 4, a vocabulary TP does not divide, tied embeddings, stages of 2 and 3 layers.
+ODD_SHAPES = dict(text_config={"num_hidden_layers": 5, "vocab_size": 509}, tie_word_embeddings=True)
 
 
-def test_two_ranks(tiny_checkpoint):
-    layouts = [layout(1, 1, distributed_optimizer=True), layout(2, 1), layout(2, 1, sequence=True), layout(1, 2)]
-    check(2, tiny_checkpoint("qwen2_5_vl"), layouts, **TRAINED_VISION)
+def test_one_rank(job):
+    check(1, *(job(family, layout(1, 1), layout(1, 1, distributed_optimizer=True)) for family in FAMILIES))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_four_ranks(tiny_checkpoint, family):
-    layouts = [
-        layout(1, 1),
+def test_two_ranks(job):
+    layouts = (layout(1, 1, distributed_optimizer=True), layout(2, 1), layout(2, 1, sequence=True), layout(1, 2))
+    recomputed = [job("qwen2_5_vl", layout(2, 1, sequence=True), recompute=kind) for kind in ("selective", "full")]
+    check(2, *(job(family, *layouts) for family in FAMILIES), *recomputed)
+
+
+def test_four_ranks(job):
+    layouts = (
         layout(1, 2, distributed_optimizer=True),
         layout(2, 1, sequence=True, distributed_optimizer=True),
         layout(2, 2),
         layout(2, 2, sequence=True, distributed_optimizer=True),
-    ]
-    check(4, tiny_checkpoint(family), layouts, **TRAINED_VISION)
+    )
+    check(4, *(job(family, *layouts) for family in FAMILIES))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_odd_shapes(tiny_checkpoint, family):
-    """Fewer key/value heads than TP, a vocabulary TP does not divide, tied embeddings, uneven stages, frozen vision."""
-    folder = tiny_checkpoint(family, text_config={"num_hidden_layers": 5, "vocab_size": 331}, tie_word_embeddings=True)
-    layouts = [
+def test_odd_shapes_on_four_ranks(job):
+    layouts = (
         layout(1, 2),
         layout(2, 2, sequence=True, distributed_optimizer=True),
         layout(4, 1, sequence=True),
         layout(4, 1, distributed_optimizer=True),
-    ]
-    check(4, folder, layouts, freeze_vision=True)
-
-
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations_change_nothing(tiny_checkpoint, recompute):
-    check(2, tiny_checkpoint("qwen2_5_vl"), [layout(2, 1, sequence=True)], recompute=recompute, **TRAINED_VISION)
+    )
+    check(4, *(job(family, *layouts, freeze_vision=True, **ODD_SHAPES) for family in FAMILIES))
