@@ -94,12 +94,12 @@ def test_reference_of_a_known_scene():
         "grey",
         (
             SceneObject("circle", "orange", "small", "striped", "top left"),
-            SceneObject("sign", "blue", "large", "plain", "bottom left", word="exit"),
+            SceneObject("sign", "blue", "large", "plain", "bottom left", word="taxi"),
         ),
     )
     assert reference_caption(scene) == (
-        "The image shows two objects on a grey background. A small striped orange circle is at the top left. "
-        "A large blue sign that reads exit is at the bottom left. The orange circle is above the blue sign."
+        "The image shows two objects on a grey background. At the top left is a small striped orange circle. "
+        "At the bottom left is a large blue sign that reads taxi. The orange circle is above the blue sign."
     )
     assert reference_units(scene) == (
         Fact(None, "count", 2),
@@ -112,7 +112,7 @@ def test_reference_of_a_known_scene():
         Fact(1, "size", "large"),
         Fact(1, "colour", "blue"),
         Fact(1, "kind", "sign"),
-        Fact(1, "word", "exit"),
+        Fact(1, "word", "taxi"),
         Fact(1, "place", "bottom left"),
         Fact(0, "above", 1),
     )
@@ -166,7 +166,7 @@ def test_kinds_textures_and_words_look_different(kind):
         draw(texture="striped"),
         draw(texture="dotted"),
         draw(word="stop"),
-        draw(word="cafe"),
+        draw(word="taxi"),
         draw(size="small"),
     ]
     for variant in variants:

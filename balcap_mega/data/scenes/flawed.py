@@ -93,19 +93,15 @@ def _object_sentence(random: Random, item: SceneObject) -> str:
     if told["kind"] != "sign":
         told.pop("word", None)
     thing = noun_phrase(replace(item, kind=told["kind"], word=told.get("word")), adjectives)
-    small = thing[0].lower() + thing[1:]
     if "place" not in told:
-        return f"There is {small}."
+        return f"There is {thing}."
     place = f"at the {told['place']}"
-    return random.choices(
-        [
-            f"{thing} is {place}.",
-            f"There is {small} {place}.",
-            f"{place.capitalize()} is {small}.",
-            f"{thing} {place}.",
-        ],
-        weights=[6, 2, 1, 1],
-    )[0]
+    openings = [f"{place} is {thing}.", f"{thing} is {place}.", f"{place} there is {thing}.", f"{place}, {thing}."]
+    return _capitalised(random.choices(openings, weights=[6, 1, 1, 1])[0])
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _relation(random: Random, scene: Scene) -> list[str]:

@@ -7,13 +7,16 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def reference_caption(scene: Scene) -> str:
-    """Overview, each object in reading order, then how the first and the last object stand to each other."""
+    """Overview, each object in reading order, then how the first and the last object stand to each other.
+
+    A place comes before what is there: a small policy that has named a place knows where to look.
+    """
     subject, relation, other = _main_relation(scene)
     first, last = scene.objects[subject], scene.objects[other]
     return " ".join(
         [
             f"The image shows {NUMBERS[len(scene.objects)]} objects on a {scene.background} background.",
-            *(f"{noun_phrase(item)} is at the {item.place}." for item in scene.objects),
+            *(f"At the {item.place} is {noun_phrase(item)}." for item in scene.objects),
             f"The {first.colour} {first.kind} is {relation} the {last.colour} {last.kind}.",
         ]
     )
@@ -58,7 +61,7 @@ def noun_phrase(item: SceneObject, adjectives: tuple[str, ...] | None = None) ->
         adjectives = tuple(word for word in (item.size, item.texture, item.colour) if word != "plain")
     words = [*adjectives, item.kind]
     reads = f" that reads {item.word}" if item.word else ""
-    return f"{article(words[0]).capitalize()} {' '.join(words)}{reads}"
+    return f"{article(words[0])} {' '.join(words)}{reads}"
 
 
 def article(word: str) -> str:

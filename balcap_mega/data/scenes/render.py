@@ -21,6 +21,11 @@ _RGB = {
     "black": (32, 32, 36),
 }
 
+_INKS = {
+    "striped": ((255, 255, 255), 0.75),
+    "dotted": ((0, 0, 0), 0.6),
+}  # light stripes, dark dots: told apart when small
+
 
 def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
     """An RGB image of `size` x `size` pixels."""
@@ -43,7 +48,8 @@ def _paint(canvas: Image.Image, item: SceneObject) -> None:
     picture.paste(colour, mask=inner)
     if item.texture != "plain":
         pattern = _pattern(tile, item.texture, period=side / 14)
-        picture.paste(_mix(colour, (255, 255, 255), 0.72), mask=ImageChops.multiply(inner, pattern))
+        ink = _mix(colour, *_INKS[item.texture])
+        picture.paste(ink, mask=ImageChops.multiply(inner, pattern))
     if item.word:
         font = ImageFont.load_default(size=radius * 0.72)
         draw = ImageDraw.Draw(picture)
