@@ -11,12 +11,16 @@ import torch
 
 from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.data.records import CaptionRecord
+from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
 from balcap_mega.rollout.vllm_runtime import import_vllm, process_state_kept
 
 CPU_KV_CACHE_BYTES = 2**30
 """Key/value cache on a CPU, where `memory_fraction` would be a share of memory that other programs use too."""
+
+WEIGHT_TRANSFER = ("balcap_mega", "balcap_mega.rollout.refit.weight_transfer", "InPlaceWeightTransfer")
+"""Name, module and class of our backend of vLLM's weight-transfer interface."""
 
 OnFinished = Callable[[int, int, Rollout], None]
 """(record index, rollout number, rollout), called as soon as one caption is finished, while others still generate."""
@@ -54,12 +58,19 @@ class RolloutEngine:
     ):
         self.config = config
         self.device = device
+        self.dtype = dtype
         self.seed = seed
         self.processor = PromptProcessor(model_folder)
+        # Vision layers of Qwen2.5-VL cannot be cut evenly at every size; whole images go to single ranks instead.
+        family = Architecture.from_folder(model_folder).family
+        self.vision_data_parallel = family == "qwen2_5_vl" and config.tensor_parallel > 1
         self._vllm = import_vllm()
+        _register_weight_transfer()
         with process_state_kept(device):
-            args = self._vllm.EngineArgs(**engine_arguments(model_folder, config, device, dtype, seed))
-            self.llm = self._vllm.LLMEngine.from_engine_args(args)
+            arguments = engine_arguments(model_folder, config, device, dtype, seed)
+            if self.vision_data_parallel:
+                arguments["mm_encoder_tp_mode"] = "data"
+            self.llm = self._vllm.LLMEngine.from_engine_args(self._vllm.EngineArgs(**arguments))
         self.llm.apply_model(self._temper)
 
     def sample(
@@ -93,6 +104,24 @@ class RolloutEngine:
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.llm.reset_encoder_cache()
+
+    def sleep(self) -> None:
+        """Hand the GPU's memory to the trainer: weights to the host (level 1), key/value cache dropped.
+
+        Level 2 would drop the weights too, but with them buffers that no refit brings back. On a CPU nothing is freed.
+        """
+        if self.device.type == "cuda":
+            self.llm.sleep(level=1)
+
+    def wake_weights(self) -> None:
+        """The first stage of waking up, before a refit: weights only."""
+        if self.device.type == "cuda" and self.llm.is_sleeping():
+            self.llm.wake_up(tags=["weights"])
+
+    def wake_cache(self) -> None:
+        """The second stage, when the trainer no longer needs that memory: the key/value cache."""
+        if self.device.type == "cuda" and self.llm.is_sleeping():
+            self.llm.wake_up(tags=["kv_cache"])
 
     def _temper(self, model: torch.nn.Module) -> None:
         model.get_language_model().logits_processor.scale = 1 / self.config.temperature
@@ -162,6 +191,7 @@ def engine_arguments(
         "tensor_parallel_size": config.tensor_parallel,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         "logprobs_mode": "raw_logprobs",
+        "weight_transfer_config": {"backend": WEIGHT_TRANSFER[0]},
         "disable_log_stats": True,
     }
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -179,6 +209,13 @@ def engine_arguments(
     if config.fp8:
         arguments["quantization"] = "fp8"
     return arguments
+
+
+def _register_weight_transfer() -> None:
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    if WEIGHT_TRANSFER[0] not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(*WEIGHT_TRANSFER)
 
 
 def request_seed(seed: int, step: int, record_index: int) -> int:

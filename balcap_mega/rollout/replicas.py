@@ -38,7 +38,7 @@ class Replica:
     def gather(self, mine: Sequence[Result]) -> list[Result]:
         """What all replicas made of a step's prompts, in the prompts' order, on every rank. A collective.
 
-        mine: the replica's results in the order of `shard(prompts)`, of which only its leader's are read. Keep them small
+        mine: the replica's results in the order of `shard(prompts)`, of which only the leader's count. Keep them small
         (they are pickled): token ids, logprobs and text, no pixels.
         """
         if not torch.distributed.is_initialized():

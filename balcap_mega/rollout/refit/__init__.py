@@ -1,0 +1,34 @@
+"""Resharding: the policy's Megatron shards into vLLM's parameters, in place, in flat buckets.
+
+`plan` works out what moves, `layout` for which pair of layouts, `transfer` moves it, `weight_transfer` receives it.
+"""
+
+import torch
+
+from balcap_mega.config.schema import ParallelConfig
+from balcap_mega.models.policy import VisionLanguagePolicy
+from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.refit.layout import RefitLayout, vision_tensors
+from balcap_mega.rollout.refit.transfer import BUCKET_BYTES, Refit
+
+
+def build_refit(
+    policy: VisionLanguagePolicy, engine: RolloutEngine, parallel: ParallelConfig, *, bucket_bytes: int = BUCKET_BYTES
+) -> Refit:
+    """The refit of `policy`, laid out as `parallel` says, into `engine`. Every rank of the job builds its own."""
+    initialized = torch.distributed.is_initialized()
+    layout = RefitLayout(
+        policy.architecture,
+        world_size=torch.distributed.get_world_size() if initialized else 1,
+        tensor_size=parallel.tensor,
+        pipeline_size=parallel.pipeline,
+        engine_tensor_size=engine.config.tensor_parallel,
+        vision_data_parallel=engine.vision_data_parallel,
+        transformer_engine=engine.device.type == "cuda",
+    )
+    plan = layout.plan(
+        torch.distributed.get_rank() if initialized else 0,
+        bucket_elements=bucket_bytes // engine.dtype.itemsize,
+        frozen=vision_tensors(policy.architecture) if policy.freeze_vision else (),
+    )
+    return Refit(policy, engine, plan, timeout_seconds=engine.config.timeout_seconds, verify=engine.config.verify_refit)

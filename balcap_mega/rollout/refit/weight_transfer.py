@@ -1,0 +1,156 @@
+"""The engine's side of a refit: a backend of vLLM's weight-transfer interface that writes into parameters in place.
+
+Importing this module imports vLLM; the engine names it by its path (`WEIGHT_TRANSFER` in `balcap_mega.rollout.engine`).
+"""
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload.layerwise import _copy_and_restore_kernel_tensors, get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import materialize_layer, restore_layer_on_meta
+from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
+
+from balcap_mega.rollout.refit.pieces import Write, checksums, rectangle
+
+
+@dataclass
+class InPlaceInitInfo(WeightTransferInitInfo):
+    """target_elements: how many elements of each parameter every update writes."""
+
+    target_elements: dict[str, int]
+
+
+@dataclass
+class InPlaceUpdateInfo(WeightTransferUpdateInfo):
+    """One bucket. checksums: [len(writes), 2] as the trainer computed them, or None to trust what arrives."""
+
+    writes: list[Write]
+    checksums: Tensor | None = None
+
+
+class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateInfo]):
+    """Copies rectangles into the model's parameters, then has vLLM derive again what it derives from them.
+
+    Where vLLM computes with something else than the parameter that was loaded, a linear packed for the CPU or quantised
+    to FP8, that parameter is there no more: such a layer is laid out again as it was for loading, filled, processed by
+    its own quantisation method as on loading, and what comes out is copied to where the engine's kernels expect it. One
+    layer at a time is in this state, plus those that the open bucket cuts through.
+
+    `finalise_seconds` is what that processing took during the last update, which is no transfer of weights.
+    """
+
+    init_info_cls = InPlaceInitInfo
+    update_info_cls = InPlaceUpdateInfo
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: InPlaceInitInfo) -> None:
+        self._elements: dict[str, int] = defaultdict(int)
+        for name, elements in init_info.target_elements.items():
+            self._elements[_layer_of(name)] += elements
+        self._sharing = _layers_by_parameter(self.model)
+        self._dtype = self.model_config.dtype
+        self.finalise_seconds = 0.0
+
+    def start_weight_update(self) -> None:
+        self._missing = dict(self._elements)
+        self._laid_out: set[str] = set()
+        self.finalise_seconds = 0.0
+
+    def receive_weights(self, update_info: InPlaceUpdateInfo) -> None:
+        """Write one bucket. Raises ValueError for a checksum that differs."""
+        for layer in {_layer_of(write.place.parameter) for write in update_info.writes} - self._laid_out:
+            if self._is_converted(layer):
+                self._lay_out(layer)
+        parameters = {write.place.parameter for write in update_info.writes}
+        tensors = {name: self.model.get_parameter(name) for name in parameters}
+        targets = [rectangle(tensors[write.place.parameter], write.place) for write in update_info.writes]
+        torch._foreach_copy_(targets, [write.values for write in update_info.writes])
+        if update_info.checksums is not None:
+            self._check(update_info.writes, targets, update_info.checksums)
+        for write in update_info.writes:
+            layer = _layer_of(write.place.parameter)
+            self._missing[layer] -= write.values.numel()
+            if self._missing[layer] == 0:
+                self._process(layer)
+
+    def finish_weight_update(self) -> None:
+        """Raises ValueError where a layer did not get all its weights."""
+        unfinished = [layer for layer, elements in self._missing.items() if elements]
+        if unfinished:
+            raise ValueError(f"{len(unfinished)} layers got only part of their weights, the first is {unfinished[0]}")
+
+    def shutdown(self) -> None:
+        pass
+
+    def _is_converted(self, layer: str) -> bool:
+        """Whether a weight of this layer is no longer as it was loaded."""
+        module = self.model.get_submodule(layer)
+        loaded, _ = get_layerwise_info(module).restore_metadata
+        live = dict(module.named_parameters(recurse=False))
+        return any(
+            name in live and (live[name].shape != tensor.shape or live[name].dtype != tensor.dtype)
+            for name, tensor in loaded.items()
+        )
+
+    def _lay_out(self, layer: str) -> None:
+        module = self.model.get_submodule(layer)
+        info = get_layerwise_info(module)
+        info.kernel_tensors = get_layer_params_buffers(module)
+        info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
+        restore_layer_on_meta(module, info)
+        materialize_layer(module, info)
+        self._laid_out.add(layer)
+
+    def _process(self, layer: str) -> None:
+        start = time.perf_counter()
+        module = self.model.get_submodule(layer)
+        if layer in self._laid_out:
+            _derive(module)
+            info = get_layerwise_info(module)
+            _copy_and_restore_kernel_tensors(module, info)
+            info.reset()
+        else:
+            for sharing in self._sharing.get(layer, ()):  # the layer itself, and a head tied to its embedding
+                _derive(sharing)
+        self.finalise_seconds += time.perf_counter() - start
+
+    def _check(self, writes: list[Write], targets: list[Tensor], expected: Tensor) -> None:
+        wrong = (checksums(targets, self._dtype) != expected).any(dim=1).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"rollout.verify_refit: {len(wrong)} of {len(writes)} pieces are not what the trainer sent, the first "
+                f"is {writes[wrong[0]].place}"
+            )
+
+
+def _layer_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _layers_by_parameter(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """For each layer, all modules that compute with one of its own parameters."""
+    users: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)].append(module)
+    return {
+        name: list({id(user): user for p in module.parameters(recurse=False) for user in users[id(p)]}.values())
+        for name, module in model.named_modules()
+    }
+
+
+def _derive(module: nn.Module) -> None:
+    """What vLLM does after loading a layer: pack or quantise."""
+    method = getattr(module, "quant_method", None)
+    if method is not None:
+        # Quantisation methods remember that they ran once.
+        module.__dict__.pop("_already_called_process_weights_after_loading", None)
+        method.process_weights_after_loading(module)
