@@ -9,13 +9,11 @@ Train on the result with data.source=jsonl data.path=prepared.jsonl. Interrupted
 import argparse
 import sys
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from balcap_mega.config.schema import JudgeEndpoint, RewardConfig
 from balcap_mega.data.files import ImageFileDataset
 from balcap_mega.data.sources import READERS
 from balcap_mega.errors import UserError
+from balcap_mega.evaluation.report import progress_bar
 from balcap_mega.rewards.mllm.judge import MllmJudge
 from balcap_mega.rewards.mllm.prepare import prepare
 
@@ -49,12 +47,10 @@ def main() -> None:
         concurrency=options.concurrency,
     )
     judge = MllmJudge(RewardConfig(judge="mllm", endpoint=endpoint))
-    columns = (TextColumn("reference units"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         judge.check()
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=len(dataset))
-            report = prepare(dataset, options.output, judge, lambda: progress.advance(task))
+        with progress_bar("reference units", len(dataset)) as advance:
+            report = prepare(dataset, options.output, judge, advance)
         spent = judge.report()
     finally:
         judge.close()

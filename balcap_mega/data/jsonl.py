@@ -64,3 +64,12 @@ def as_line(row: ImageRow) -> str:
         units=None if row.units is None else list(row.units),
     )
     return json.dumps(line.model_dump(exclude_none=True), ensure_ascii=False)
+
+
+def drop_cut_line(path: str | Path) -> None:
+    """Remove the last line of a JSON Lines file if an interruption cut it short; the file may be absent."""
+    path = Path(path)
+    if path.exists():
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):
+            path.write_bytes(data[: data.rfind(b"\n") + 1])

@@ -2,13 +2,13 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from balcap_mega.data.files import ImageFileDataset, ImageRow
-from balcap_mega.data.jsonl import as_line
+from balcap_mega.data.jsonl import as_line, drop_cut_line
 from balcap_mega.rewards.mllm.client import RequestFailed
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
@@ -66,17 +66,9 @@ def prepare(
 
 
 def _finished_rows(output: Path) -> set[tuple[str, str]]:
-    """(id, image) of the rows in `output`, whose last line may have been cut by an interruption: it is removed."""
+    """(id, image) of the rows in `output`."""
+    drop_cut_line(output)
     if not output.exists():
         return set()
-    text = output.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        output.write_bytes(whole)
-    return set(_identities(whole.decode("utf-8").splitlines()))
-
-
-def _identities(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for line in lines:
-        row = json.loads(line)
-        yield row["id"], row["image"]
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    return {(row["id"], row["image"]) for row in rows}

@@ -1,0 +1,40 @@
+"""Captions of a checkpoint for a set of images, by the engine that training uses."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from balcap_mega.config.schema import RolloutConfig
+from balcap_mega.data.images import PilDecoder
+from balcap_mega.data.records import CaptionRecord
+from balcap_mega.errors import UserError
+from balcap_mega.rollout.engine import Prompt, RolloutEngine
+
+AT_ONCE = 128  # images handed to the engine together, and captions lost at most by an interruption
+
+
+def caption_images(
+    model: str | Path, images: Mapping[str, Path], prompt: str, max_tokens: int, max_model_len: int
+) -> Iterator[dict[str, str]]:
+    """Greedy captions of `images` (by a key of the caller's), as batches of {key: caption}.
+
+    Raises UserError for an image that cannot be decoded.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = RolloutConfig(max_tokens=max_tokens, max_model_len=max_model_len, timeout_seconds=3600)
+    engine = RolloutEngine(model, config, device=device, dtype=dtype, seed=0)
+    keys = list(images)
+    for start in range(0, len(keys), AT_ONCE):
+        batch = keys[start : start + AT_ONCE]
+        records = [_record(images[key], prompt) for key in batch]
+        groups = engine.greedy([Prompt(place, record) for place, record in enumerate(records)])
+        yield {batch[group.record_index]: group.rollouts[0].text.strip() for group in groups}
+
+
+def _record(path: Path, prompt: str) -> CaptionRecord:
+    (picture,) = PilDecoder()([path.read_bytes()])
+    if picture is None:
+        raise UserError(f"{path} cannot be decoded", remedy="replace the image")
+    return CaptionRecord(path.name, picture, prompt, reference="")
