@@ -5,6 +5,7 @@ Parameter names are transformers' own, under the attribute that Hugging Face's m
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from transformers import PretrainedConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from balcap_mega.models.vision_attention import BATCHED_SEGMENTS
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Qwen2_5_VisionTower(nn.Module):
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
-        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(deepcopy(config.vision_config))
+        self.visual.config._attn_implementation = BATCHED_SEGMENTS
 
     def token_count(self, image: VisionInputs) -> int:
         return int(image.image_grid_thw.prod()) // self.visual.spatial_merge_unit
