@@ -59,7 +59,8 @@ def policy_loss(
     """
     if use_kernels(logprobs) and config.ratio_level == "token":
         return kernel_policy_loss(logprobs, tokens, config, entropy, max_response_length)
-    log_ratio = logprobs - tokens.old_logprobs
+    old_logprobs = old_or_current(logprobs, tokens)
+    log_ratio = logprobs - old_logprobs
     if config.ratio_level == "sequence":
         log_ratio = _sequence_mean(log_ratio, tokens)
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -75,7 +76,7 @@ def policy_loss(
         dual_clipped = (advantages < 0) & (objective < floor)
         objective = torch.where(dual_clipped, floor, objective)
 
-    engine_difference = tokens.old_logprobs - tokens.rollout_logprobs
+    engine_difference = old_logprobs - tokens.rollout_logprobs
     importance, truncated = importance_weights(engine_difference, config)
     loss = -importance * objective
 
@@ -101,6 +102,11 @@ def policy_loss(
             maxima=torch.stack([_maximum(ratio.detach()), _maximum(engine_difference.abs())]),
         ),
     )
+
+
+def old_or_current(logprobs: Tensor, tokens: TokenBatch) -> Tensor:
+    """[R] logprobs of the policy the step began with; before the first update that is the current one, detached."""
+    return logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
 
 
 def importance_weights(log_weights: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
@@ -156,7 +162,7 @@ def kernel_policy_loss(
         max_log_ratio=MAX_LOG_RATIO,
     )
     loss_sum, normaliser, sums, maxima = KernelPolicyLoss.apply(
-        logprobs, entropy, tokens.old_logprobs, tokens.rollout_logprobs, tokens.reference_logprobs,
+        logprobs, entropy, old_or_current(logprobs, tokens), tokens.rollout_logprobs, tokens.reference_logprobs,
         tokens.advantages if sequence_advantages is None else sequence_advantages,
         tokens.sequence_ids, tokens.sequence_lengths, objective, sequence_advantages is not None,
     )  # fmt: skip
