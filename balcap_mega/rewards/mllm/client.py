@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
 from pydantic import BaseModel, Field, ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -99,28 +99,25 @@ class ChatClient:
                 f"endpoint.base_url of the judge model {endpoint.model!r} is not a plain http(s) address",
                 remedy="write it as http://host:port/v1 and name the key's environment variable in api_key_env",
             )
-        headers = {}
+        self._headers = {"Content-Type": "application/json"}
         if endpoint.api_key_env is not None:
             if not os.environ.get(endpoint.api_key_env):
                 raise UserError(
                     f"endpoint.api_key_env names {endpoint.api_key_env}, which is not set",
                     remedy=f"export {endpoint.api_key_env}=... before starting",
                 )
-            headers["Authorization"] = f"Bearer {os.environ[endpoint.api_key_env]}"
+            self._headers["Authorization"] = f"Bearer {os.environ[endpoint.api_key_env]}"
         self.endpoint = endpoint
         self.counters = ClientCounters()
+        self._url = endpoint.base_url.rstrip("/") + "/chat/completions"
         self._cache = cache
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._backoff = wait_random_exponential(multiplier=2 * backoff_seconds, max=LONGEST_WAIT_SECONDS)
-        self._http = httpx.AsyncClient(
-            base_url=endpoint.base_url.rstrip("/") + "/",
-            headers=headers,
-            timeout=endpoint.timeout_seconds,
-            limits=httpx.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency),
-        )
+        self._session: aiohttp.ClientSession | None = None  # belongs to the event loop that first asks
 
     async def close(self) -> None:
-        await self._http.aclose()
+        if self._session is not None:
+            await self._session.close()
 
     async def ask(self, body: dict[str, Any], accept: Callable[[Completion], T], *, use_cache: bool = True) -> T:
         """POST `body` (the model's name is added) and return `accept(completion)`.
@@ -129,7 +126,8 @@ class ChatClient:
         once where trying again cannot help (a key or a model that the endpoint does not know).
         """
         body = {"model": self.endpoint.model, **body}
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        encoded = json.dumps(body).encode()
+        digest = hashlib.sha256(encoded).hexdigest()
         cache = self._cache if use_cache else None
         if cache is not None and (kept := cache.get(digest)) is not None:
             self.counters.cache_hits += 1
@@ -149,9 +147,10 @@ class ChatClient:
                     number = len(failed)
                     if greedy and failed and isinstance(failed[-1], Unusable):
                         body = {**body, "temperature": SECOND_OPINION_TEMPERATURE, "seed": number}
+                        encoded = json.dumps(body).encode()
                     request_id = f"{digest[:16]}-{number}"
                     try:
-                        completion, request_id = await self._post(body, request_id)
+                        completion, request_id = await self._post(encoded, request_id)
                         accepted = accept(completion)
                     except AttemptFailed as error:
                         error.request_id = error.request_id or request_id
@@ -168,18 +167,27 @@ class ChatClient:
         hint = state.outcome.exception().retry_after
         return max(self._backoff(state), min(hint, LONGEST_WAIT_SECONDS))
 
-    async def _post(self, body: dict[str, Any], request_id: str) -> tuple[Completion, str]:
+    async def _post(self, body: bytes, request_id: str) -> tuple[Completion, str]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self.endpoint.concurrency),
+                timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout_seconds),
+                headers=self._headers,
+                trust_env=True,
+            )
         try:
-            # httpx bounds each read; a server that drips bytes is bounded here.
-            async with self._slots, asyncio.timeout(self.endpoint.timeout_seconds):
+            async with self._slots:
                 self.counters.requests += 1
-                response = await self._http.post("chat/completions", json=body, headers={"X-Request-Id": request_id})
-        except (TimeoutError, httpx.TimeoutException):
+                async with self._session.post(
+                    self._url, data=body, headers={"X-Request-Id": request_id}, allow_redirects=False
+                ) as response:
+                    content = await response.read()
+        except TimeoutError:
             raise AttemptFailed("timeout") from None
-        except httpx.TransportError:
+        except aiohttp.ClientError:
             raise AttemptFailed("connection") from None
         request_id = response.headers.get("x-request-id", request_id)
-        status = response.status_code
+        status = response.status
         if status != 200:
             raise AttemptFailed(
                 f"http_{status}",
@@ -188,7 +196,7 @@ class ChatClient:
                 retry_after=_seconds(response.headers.get("retry-after")),
             )
         try:
-            completion = Completion.model_validate_json(response.content)
+            completion = Completion.model_validate_json(content)
         except ValidationError:
             raise AttemptFailed("invalid_response", request_id=request_id) from None
         if completion.usage is not None:

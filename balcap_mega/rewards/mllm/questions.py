@@ -137,7 +137,7 @@ def _question(name: str, data: dict, reply: type[Reply], max_tokens: int, image_
     if image_url is not None:
         image = {"type": "image_url", "image_url": {"url": image_url}}
         content = [image, {"type": "text", "text": content}]
-    schema = {"name": name, "schema": reply.model_json_schema(), "strict": True}
+    schema = {"name": name, "schema": _schema(reply), "strict": True}
     body = {
         "messages": [{"role": "system", "content": prompt(name)}, {"role": "user", "content": content}],
         "response_format": {"type": "json_schema", "json_schema": schema},
@@ -146,6 +146,11 @@ def _question(name: str, data: dict, reply: type[Reply], max_tokens: int, image_
         "max_completion_tokens": max_tokens,
     }
     return Question(body, reply)
+
+
+@cache
+def _schema(reply: type[BaseModel]) -> dict[str, Any]:
+    return reply.model_json_schema()
 
 
 def _numbered(texts: Sequence[str]) -> dict[str, str]:
