@@ -18,9 +18,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from balcap_mega.models.vision_attention import BATCHED_SEGMENTS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VisionInputs:
-    """One image as its tower takes it.
+    """One image as its tower takes it. Compared by identity: the same object is the same image.
 
     pixel_values:    Qwen2.5-VL [patches, channels * temporal * patch * patch]; LLaVA [1, 3, height, width]; float32
     image_grid_thw:  Qwen2.5-VL [1, 3] int64, patches in time, height and width; None for LLaVA
