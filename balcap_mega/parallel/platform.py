@@ -28,6 +28,8 @@ class Platform:
         if device == "cpu" or not available:
             return cls(torch.device("cpu"), "gloo")
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        # One hardware queue: Megatron overlaps a layer's all-reduce with the next GEMM only if they start in order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
         return cls(torch.device("cuda", local_rank), "nccl")
 
