@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import balcap_mega.models  # noqa: F401, before transformers sees torchvision
 from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.algorithm.batch import RewardBatch
 from balcap_mega.config.schema import AlgorithmConfig

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from balcap_mega.algorithm import logits
 from balcap_mega.algorithm.batch import TokenBatch
 from balcap_mega.algorithm.lm_head import HeadShard, fused_cross_entropy, fused_policy_loss, token_logprobs
 from balcap_mega.algorithm.metrics import MAXIMA, SUMS, PolicyMetrics
@@ -209,7 +210,8 @@ def gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("rows_a_chunk", [1, 3, 100])
 @pytest.mark.parametrize("scale", [1.0, 40.0])
-def test_token_logprobs_and_their_gradients(rows_a_chunk, scale):
+def test_token_logprobs_and_their_gradients(rows_a_chunk, scale, monkeypatch):
+    monkeypatch.setattr(logits, "CACHE_ELEMENTS", 2 * VOCABULARY)
     hidden, weight = hidden_rows(7).requires_grad_(), head_weight(scale).requires_grad_()
     targets = random_tokens(9, [7], VOCABULARY).targets
     head = HeadShard(weight, VOCABULARY, temperature=0.7, chunk_bytes=rows_a_chunk * PADDED * 4)
@@ -284,6 +286,23 @@ def test_main_grad_receives_the_weight_gradient():
     torch.testing.assert_close(weight.main_grad, expected + 1)
     with pytest.raises(RuntimeError):  # already added, so it cannot be scaled
         (2 * fused_policy_loss(hidden, tokens, HeadShard(weight, VOCABULARY), EVERYTHING).loss_sum).backward()
+
+
+def test_main_grad_of_a_weight_tied_to_the_embedding():
+    """Megatron's hook adds what autograd has for a tied weight to main_grad; the head's part is there already."""
+    tokens = random_tokens(16, [6, 3], VOCABULARY)
+
+    def loss_of(weight: torch.Tensor) -> torch.Tensor:
+        hidden = F.embedding(tokens.targets.roll(1), weight)
+        return fused_policy_loss(hidden, tokens, HeadShard(weight, VOCABULARY), EVERYTHING).loss_sum
+
+    plain = head_weight().requires_grad_()
+    (expected,) = gradients(loss_of(plain), plain)
+    weight = torch.nn.Parameter(head_weight())
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(PADDED, HIDDEN), False
+    weight.zero_out_wgrad = True
+    loss_of(weight).backward()
+    torch.testing.assert_close(weight.main_grad + weight.grad, expected)
 
 
 def test_sequence_level_falls_back_and_says_so(caplog):

@@ -13,68 +13,14 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from balcap_mega.algorithm.batch import TokenBatch
-from balcap_mega.algorithm.dispatch import use_kernels
+from balcap_mega.algorithm.logits import HeadShard, chunk_logits, logits_to_gradient_, statistics
 from balcap_mega.algorithm.metrics import PolicyMetrics
 from balcap_mega.algorithm.policy_loss import PolicyLoss, loss_normaliser, policy_loss, token_count
 from balcap_mega.config.schema import AlgorithmConfig
 
 logger = logging.getLogger(__name__)
-
-CHUNK_BYTES = {"cpu": 2**28, "cuda": 7 * 2**27}
-TILE_ROWS = 128
-ROW_ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class HeadShard:
-    """One tensor-parallel rank's part of the output projection.
-
-    weight:      [V_padded / TP, H], consecutive vocabulary rows by rank (Megatron's layout)
-    vocab_size:  the true vocabulary size V; padded columns take no part in any sum and get no gradient
-    group:       the tensor-parallel group, None for a single rank
-    temperature: logits are divided by it
-    chunk_bytes: logits held at a time; by default enough rows to keep the GEMMs of the device busy. A row's logprob may
-                 depend on it in the last bits, so keep it the same wherever logprobs are compared.
-    """
-
-    weight: Tensor
-    vocab_size: int
-    group: ProcessGroup | None = None
-    temperature: float = 1.0
-    chunk_bytes: int | None = None
-
-    @property
-    def first_column(self) -> int:
-        return 0 if self.group is None else self.group.rank() * self.weight.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """How many of this shard's rows are vocabulary and not padding."""
-        return min(max(self.vocab_size - self.first_column, 0), self.weight.shape[0])
-
-    def chunks(self, rows: int) -> list[slice]:
-        """Even chunks of at most `chunk_bytes` of logits, in whole GEMM tiles where there is room for one."""
-        row_bytes = self.weight.shape[0] * self.weight.element_size()
-        limit = max((self.chunk_bytes or CHUNK_BYTES[self.weight.device.type]) // row_bytes, 1)
-        limit -= limit % TILE_ROWS if limit > TILE_ROWS else 0
-        size = -(-rows // max(-(-rows // limit), 1))
-        if size > TILE_ROWS:
-            size += -size % TILE_ROWS
-        return [slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1))]
-
-    def logits_buffer(self, chunks: list[slice]) -> Tensor:
-        """Room for the largest chunk's logits in the weight's dtype, rows aligned for vector loads whatever V is."""
-        rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-        width = self.columns + -self.columns % ROW_ALIGNMENT
-        return self.weight.new_empty(rows, width, requires_grad=False)[:, : self.columns]
-
-    def column_of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Each target's column in this shard, and whether it is there at all (a column to gather from if not)."""
-        column = targets - self.first_column
-        return column.clamp(0, max(self.columns - 1, 0)), (column >= 0) & (column < self.columns)
 
 
 @dataclass(frozen=True)
@@ -161,95 +107,6 @@ def _slice(tokens: TokenBatch, rows: slice) -> TokenBatch:
     return TokenBatch(**{name: None if column is None else column[rows] for name, column in columns.items()})
 
 
-@dataclass(frozen=True)
-class LogitStatistics:
-    """Of T rows of logits z over the whole vocabulary, [T] float32 each: log Σ exp z, z at the target, Σ p z."""
-
-    log_normaliser: Tensor
-    target: Tensor
-    mean: Tensor
-
-    @property
-    def logprobs(self) -> Tensor:
-        return self.target - self.log_normaliser
-
-    @property
-    def entropy(self) -> Tensor:
-        return self.log_normaliser - self.mean
-
-
-def chunk_logits(hidden: Tensor, head: HeadShard, buffer: Tensor) -> Tensor:
-    """[T, columns] at the start of the buffer, temperature not yet applied, padded columns left out."""
-    return torch.mm(hidden, head.weight[: head.columns].t(), out=buffer[: hidden.shape[0]])
-
-
-def statistics(logits: Tensor, targets: Tensor, head: HeadShard) -> LogitStatistics:
-    """Local max, Σ exp, Σ z exp and target logit of each row, merged over the group in one small all-gather."""
-    if use_kernels(logits):
-        from balcap_mega.kernels.lm_head import logit_statistics
-
-        return merge_statistics(logit_statistics(logits, targets, head.first_column, head.temperature), head.group)
-    if not head.columns:  # a shard of padding only
-        local = torch.zeros(4, targets.numel(), device=logits.device)
-        local[0] = -torch.inf
-        return merge_statistics(local, head.group)
-    scale = 1 / head.temperature
-    logits = logits.float()
-    maximum = logits.amax(dim=1) * scale
-    weights = torch.add(-maximum[:, None], logits, alpha=scale).exp_()
-    moment = torch.linalg.vecdot(weights, logits) * scale
-    column, owned = head.column_of(targets)
-    target = torch.where(owned, logits.gather(1, column[:, None])[:, 0] * scale, 0.0)
-    return merge_statistics(torch.stack((maximum, weights.sum(dim=1), moment, target)), head.group)
-
-
-def merge_statistics(local: Tensor, group: ProcessGroup | None) -> LogitStatistics:
-    """local: [4, T] float32 (max, Σ exp(z − max), Σ z exp(z − max), target logit or 0) of this rank's columns."""
-    shards = local[None]
-    if group is not None and group.size() > 1:
-        gathered = local.new_empty(group.size() * 4, local.shape[1])
-        torch.distributed.all_gather_into_tensor(gathered, local, group=group)
-        shards = gathered.view(group.size(), *local.shape)
-    maximum = shards[:, 0].amax(dim=0)
-    scale = (shards[:, 0] - maximum).exp()
-    total = (shards[:, 1] * scale).sum(dim=0)
-    mean = (shards[:, 2] * scale).sum(dim=0) / total
-    return LogitStatistics(maximum + total.log(), shards[:, 3].sum(dim=0), mean)
-
-
-def logits_to_gradient_(
-    logits: Tensor,
-    targets: Tensor,
-    found: LogitStatistics,
-    d_logprobs: Tensor,
-    d_entropy: Tensor | None,
-    head: HeadShard,
-) -> Tensor:
-    """Overwrite logits with their gradient, p the softmax and z the tempered logits of a row:
-
-    d z_j = d_logp · (1[j = target] − p_j) − d_H · p_j · (log p_j + H),        d logit_j = d z_j / temperature
-    """
-    if use_kernels(logits):
-        from balcap_mega.kernels import lm_head
-
-        return lm_head.logits_to_gradient_(
-            logits, targets, found.log_normaliser, found.entropy, d_logprobs, d_entropy,
-            head.first_column, head.temperature,
-        )  # fmt: skip
-    if not head.columns:
-        return logits
-    scale = 1 / head.temperature
-    d_logprobs = d_logprobs * scale
-    log_p = torch.add(-found.log_normaliser[:, None], logits.float(), alpha=scale)
-    coefficient = -d_logprobs[:, None]
-    if d_entropy is not None:
-        coefficient = coefficient - (d_entropy * scale)[:, None] * (log_p + found.entropy[:, None])
-    gradient = log_p.exp_().mul_(coefficient)
-    column, owned = head.column_of(targets)
-    gradient.scatter_add_(1, column[:, None], torch.where(owned, d_logprobs, 0.0)[:, None])
-    return logits.copy_(gradient)
-
-
 class _Gradients:
     """Collects d hidden, a chunk of rows at a time, and d weight, accumulated in float32 over the chunks.
 
@@ -274,7 +131,7 @@ class _Gradients:
         if self.hidden is not None:
             torch.mm(d_logits, self.head.weight[:columns], out=self.hidden[rows])
         if self.weight is not None and columns:
-            _accumulate(self.weight[:columns], d_logits, hidden)
+            accumulate_(self.weight[:columns], d_logits, hidden)
 
     def weight_for_autograd(self) -> Tensor | None:
         if self.weight is None:
@@ -288,7 +145,7 @@ class _Gradients:
         return placeholder(weight)
 
 
-def _accumulate(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+def accumulate_(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """total += d_logitsᵀ hidden, in float32 whatever the operands' dtype."""
     if hidden.dtype == torch.float32:
         total.addmm_(d_logits.t(), hidden)
