@@ -7,8 +7,9 @@ from itertools import pairwise
 import torch
 
 from balcap_mega.algorithm.batch import Advantages
-from balcap_mega.config.schema import PackingConfig
+from balcap_mega.config.schema import PackingConfig, RunConfig
 from balcap_mega.data.records import CaptionDataset, CaptionRecord
+from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.processing import ProcessedPrompt, PromptProcessor
 from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.packing.plan import GroupLengths, PackingPlan, plan_rows
@@ -17,6 +18,8 @@ from balcap_mega.rollout.engine import Prompt
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import RolloutGroup
 from balcap_mega.training.microbatch import Microbatch, SequenceValues
+
+FP8_ROW_MULTIPLE = 128  # blockwise scaling needs it, and the other recipes lose nothing by it
 
 
 class Prompts(Mapping[int, CaptionRecord]):
@@ -48,6 +51,15 @@ class Batches:
 
     minibatches: tuple[tuple[Microbatch, ...], ...]
     plans: tuple[PackingPlan, ...]
+
+
+def batch_builder(
+    processor: PromptProcessor, config: RunConfig, layout: ModelLayout, architecture: Architecture
+) -> "BatchBuilder":
+    """The builder whose rows fit the layout: sequence parallelism cuts them evenly, FP8 GEMMs want whole tiles."""
+    tile = FP8_ROW_MULTIPLE if config.model.fp8 != "none" else 1
+    pad_to = layout.tensor_size * tile if config.parallel.sequence else tile
+    return BatchBuilder(processor, config.packing, layout, hidden_size=architecture.hidden_size, pad_to=pad_to)
 
 
 class BatchBuilder:
@@ -91,13 +103,15 @@ class BatchBuilder:
         return self._pack(range(len(records)), prefixes, captions, processed.__getitem__, values)[0]
 
     def _pack(self, numbers, prefixes, captions, process, values) -> tuple[tuple[Microbatch, ...], PackingPlan]:
+        # A prefix with a single caption has nobody to share with, and one causal segment is less work than two.
+        shared_prefix = self.config.shared_prefix and any(len(captions[n]) > 1 for n in numbers)
         plan = plan_rows(
             [GroupLengths(prefixes[n], tuple(map(len, captions[n]))) for n in numbers],
             row_tokens=self.config.row_tokens,
             hidden_size=self.hidden_size,
             data_size=self.layout.data_size,
             pad_to=self.pad_to,
-            shared_prefix=self.config.shared_prefix,
+            shared_prefix=shared_prefix,
         )
         rows = plan.rows[self.layout.data_rank]
         mine = sorted({piece.group for row in rows for piece in row})
@@ -111,7 +125,7 @@ class BatchBuilder:
         }
         microbatches = []
         for planned in rows:
-            row = build_row(planned, groups, pad_to=self.pad_to, shared_prefix=self.config.shared_prefix)
+            row = build_row(planned, groups, pad_to=self.pad_to, shared_prefix=shared_prefix)
             images = tuple(processed[number].vision for number in row.images)
             microbatches.append(Microbatch(row, images, values.of_row(row)))
         return tuple(microbatches), plan

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+
+from pydantic import TypeAdapter
 
 from balcap_mega.rewards.collect import CaptionScore
 from balcap_mega.rewards.judge import COMPONENTS, Judge, Judgement, b_capscore
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import Prompts
+from balcap_mega.training.folder import write_text
 from balcap_mega.training.judging import Judging
 
 
@@ -45,6 +49,9 @@ class HeldOutResult:
         }
 
 
+_RESULT = TypeAdapter(HeldOutResult)
+
+
 def evaluate_held_out(
     engine: RolloutEngine, replica: Replica, judge: Judge, records: Prompts, length: Callable[[str], float]
 ) -> HeldOutResult:
@@ -55,3 +62,11 @@ def evaluate_held_out(
         for group, [judged] in judging.scored(engine.greedy(records.of(replica), on_finished=judging.submit))
     ]
     return HeldOutResult(tuple(replica.gather(mine)))
+
+
+def write_result(path: Path, result: HeldOutResult) -> None:
+    write_text(path, _RESULT.dump_json(result, indent=1).decode())
+
+
+def read_result(path: Path) -> HeldOutResult:
+    return _RESULT.validate_json(path.read_bytes())

@@ -53,12 +53,12 @@ class Judging:
         return [
             (
                 group,
-                [self._scored(group.record_index, number, rollout) for number, rollout in enumerate(group.rollouts)],
+                [self._judged(group.record_index, number, rollout) for number, rollout in enumerate(group.rollouts)],
             )
             for group in groups
         ]
 
-    def _scored(self, record_index: int, number: int, rollout: Rollout) -> JudgedCaption:
+    def _judged(self, record_index: int, number: int, rollout: Rollout) -> JudgedCaption:
         judgement = self._wait(record_index, number)
         score = CaptionScore(
             **judgement.components(),

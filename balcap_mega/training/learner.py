@@ -117,11 +117,10 @@ class Learner:
             return model(
                 row.tokens[None].to(device),
                 row.position_ids[:, None].to(device),
-                row.segments.to(device),
+                row.segments,
                 row.hidden_rows.to(device),
                 lambda hidden, weight: objective(hidden, weight, microbatch),
                 images=microbatch.images,
-                image_order=range(len(microbatch.images)),
             )
 
         return forward

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.config.schema import RunConfig
@@ -14,6 +15,7 @@ from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import Refit
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import BatchBuilder, Prompts
+from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from balcap_mega.training.judging import Judging
 from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.metrics import PhaseTimer
@@ -23,7 +25,7 @@ from balcap_mega.training.step_metrics import step_metrics
 
 @dataclass
 class Trainer:
-    """Everything a step needs, on every rank alike. What a step does follows from weights, seed and its number alone."""
+    """Everything a step needs, on every rank alike. What it does follows from weights, seed and its number alone."""
 
     config: RunConfig
     dataset: CaptionDataset
@@ -55,8 +57,8 @@ class Trainer:
         with phase("update"):
             updates = self.update(batches.minibatches)
         with phase("refit"):
-            refit = self.refit()
-        return step_metrics(groups, rewards, advantages, batches, updates, refit, phase.seconds)
+            self.refit.run()
+        return step_metrics(groups, rewards, advantages, batches, updates, phase.seconds)
 
     def update(self, minibatches: Sequence[Sequence[Microbatch]]) -> list[UpdateResult]:
         """One optimizer step a minibatch, the ratio and the KL always against the policy the step began with."""
@@ -71,3 +73,17 @@ class Trainer:
             *(with_old_logprobs(minibatch, self.learner.logprobs(minibatch)) for minibatch in minibatches[1:]),
         ]
         return [self.learner.update(minibatch) for minibatch in minibatches]
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write a checkpoint after `step` steps. Prompts, seeds and batches follow from the step number alone."""
+        with self.learner.platform.megatron():
+            learner, keep = self.learner, self.config.checkpoint.keep
+            save_checkpoint(folder, step, learner.model, learner.optimizer, {"step": step}, keep=keep)
+
+    def resume(self, folder: Path) -> int:
+        """Load the last checkpoint in `folder`, if any; return the number of steps it has behind it."""
+        path = latest_checkpoint(folder)
+        if path is None:
+            return 0
+        with self.learner.platform.megatron():
+            return load_checkpoint(path, self.learner.model, self.learner.optimizer)["step"]

@@ -1,0 +1,63 @@
+"""The Hugging Face folder that reinforcement learning starts from: given, or made small and random; then warmed up."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.data.records import CaptionDataset, CaptionRecord
+from balcap_mega.data.scenes import SceneRecord, flawed_caption
+from balcap_mega.models.checkpoint_io import export_checkpoint
+from balcap_mega.models.processing import PromptProcessor
+from balcap_mega.models.tiny import write_tiny_checkpoint
+from balcap_mega.parallel.groups import ModelLayout
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.training.batches import batch_builder
+from balcap_mega.training.folder import RunFolder
+from balcap_mega.training.learner import Learner, UpdateResult
+from balcap_mega.training.warmup import warm_up
+
+TOKENIZER_TEXTS = 1000
+
+
+def initial_checkpoint(config: RunConfig, folder: RunFolder, dataset: CaptionDataset) -> Path:
+    """`model.path`, or on the first rank a new random checkpoint of the family `model.tiny` names. A collective."""
+    if config.model.path is not None:
+        return Path(config.model.path)
+    if torch.distributed.get_rank() == 0 and not folder.initial.exists():
+        partial = folder.initial.with_name("initial.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        records = [dataset[index] for index in range(min(TOKENIZER_TEXTS, len(dataset)))]
+        texts = [text for record in records for text in (record.prompt, record.reference, warm_up_target(record, 0))]
+        write_tiny_checkpoint(partial, config.model.tiny, texts, seed=config.seed)
+        partial.rename(folder.initial)
+    torch.distributed.barrier()
+    return folder.initial
+
+
+def warmed_up_checkpoint(
+    config: RunConfig,
+    initial: Path,
+    folder: RunFolder,
+    dataset: CaptionDataset,
+    layout: ModelLayout,
+    platform: Platform,
+    on_step: Callable[[int, UpdateResult], None],
+) -> Path:
+    """`initial` after `warmup.steps` supervised steps, vision included; done once a run, whole or not at all."""
+    if config.warmup.steps == 0:
+        return initial
+    if not folder.warmed_up.exists():
+        model = config.model.model_copy(update={"freeze_vision": False})
+        learner = Learner(initial, model, config.parallel, config.optimizer, config.algorithm, platform)
+        batches = batch_builder(PromptProcessor(initial), config, layout, learner.architecture)
+        warm_up(learner, batches, dataset, warm_up_target, config.warmup, seed=config.seed, on_step=on_step)
+        export_checkpoint(learner.policy, initial, folder.warmed_up)
+    return folder.warmed_up
+
+
+def warm_up_target(record: CaptionRecord, step: int) -> str:
+    """What the warm-up imitates: a flawed caption, anew at each step, where the data has them; else the reference."""
+    return flawed_caption(record.scene, step) if isinstance(record, SceneRecord) else record.reference

@@ -1,0 +1,103 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and, if set up, Weights & Biases; and a timer of phases."""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class PhaseTimer:
+    """`with phase("rollout"): ...` adds the wall time of the block to `phase.seconds["rollout"]`, also when it raises."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class MetricsLogger:
+    """`log(step, metrics)` writes one step's numbers everywhere; use it as a context manager.
+
+    first_step: the step (from 0) that comes next. What an earlier process wrote about it or later ones, after its last
+        checkpoint, is dropped: the file then reads as if the run had never been interrupted.
+    enabled: False on all ranks but the first, where nothing is opened or written.
+
+    Weights & Biases is used when it is installed and one of WANDB_API_KEY, WANDB_PROJECT and WANDB_MODE is set.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0, *, enabled: bool = True) -> None:
+        self._file = self._board = self._wandb = None
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
+
+        path = folder / METRICS_FILE
+        _keep_steps(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115: `__exit__` closes it
+        self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
+        self._wandb = _start_wandb(folder)
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for sink in (self._file, self._board):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(exception[0] is not None))
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log step `step` (from 0); everywhere it is written as the number of steps done, from 1."""
+        if self._file is None:
+            return
+        done = step + 1
+        # One write and a sync a line: a crash can cut off the last line only, which `read_metrics` leaves out.
+        self._file.write(json.dumps({"step": done, **metrics}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, done)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=done)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, one a step, in order; a last line that a crash cut off is left out."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def _keep_steps(path: Path, steps_done: int) -> None:
+    rows = [row for row in read_metrics(path.parent) if row["step"] <= steps_done]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def _start_wandb(folder: Path) -> Any:
+    """A Weights & Biases run named after the folder and gone on with if the folder's run goes on; None if not set up."""
+    wanted = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE"))
+    if not wanted or importlib.util.find_spec("wandb") is None:
+        return None
+    import wandb
+
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        identity.write_text(wandb.util.generate_id())
+    return wandb.init(dir=str(folder), name=folder.name, id=identity.read_text(), resume="allow")

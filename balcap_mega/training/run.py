@@ -1,0 +1,123 @@
+"""A whole run: prepare the policy, evaluate, improve it step by step, evaluate again, and leave everything behind."""
+
+from pathlib import Path
+
+import torch
+
+from balcap_mega.config.load import dump_config
+from balcap_mega.config.preflight import preflight
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.data.records import CaptionDataset
+from balcap_mega.data.sampler import PromptSampler
+from balcap_mega.data.sources import build_datasets
+from balcap_mega.models.checkpoint_io import export_checkpoint
+from balcap_mega.models.processing import PromptProcessor
+from balcap_mega.parallel.groups import ModelLayout, initialize_parallel, world_size
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.rewards.factory import build_judge
+from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.refit import build_refit
+from balcap_mega.rollout.replicas import Replica
+from balcap_mega.training.batches import Prompts, batch_builder
+from balcap_mega.training.console import Console
+from balcap_mega.training.folder import RunFolder, write_json, write_text
+from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out, read_result, write_result
+from balcap_mega.training.initial import initial_checkpoint, warmed_up_checkpoint
+from balcap_mega.training.judging import count_words
+from balcap_mega.training.learner import Learner
+from balcap_mega.training.metrics import MetricsLogger, PhaseTimer
+from balcap_mega.training.report import write_report
+from balcap_mega.training.signals import StopRequest
+from balcap_mega.training.trainer import Trainer
+
+
+def run(config: RunConfig) -> None:
+    """Train as `config` says; go on from the last checkpoint in `config.output_dir` if there is one.
+
+    SIGINT, SIGTERM and SIGUSR1 end it after the current step, with a checkpoint. Raises UserError for bad input.
+    """
+    resuming = preflight(config, world_size())
+    stop, phase = StopRequest(), PhaseTimer()
+    platform = Platform.resolve(config.parallel.device)
+    layout = initialize_parallel(config.parallel, platform, config.seed)
+    leads = torch.distributed.get_rank() == 0
+    folder = RunFolder(Path(config.output_dir))
+    if leads and not resuming:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        write_text(folder.config, dump_config(config))
+    torch.distributed.barrier()
+    console = Console(config, layout, enabled=leads)
+
+    train_set, eval_set = build_datasets(config.data, config.seed)
+    with phase("warmup"):
+        initial = initial_checkpoint(config, folder, train_set)
+        start = warmed_up_checkpoint(config, initial, folder, train_set, layout, platform, console.warmup_step)
+    with phase("setup"):
+        trainer = build_trainer(config, start, train_set, layout, platform)
+        first_step = trainer.resume(folder.checkpoints)
+        trainer.refit.run()
+
+    def held_out(path: Path) -> HeldOutResult:
+        """Evaluated once: a run that goes on reads what it found before."""
+        if not path.exists():
+            with phase("evaluation"):
+                records = Prompts(eval_set, range(len(eval_set)))
+                result = evaluate_held_out(trainer.engine, trainer.replica, trainer.judge, records, trainer.length)
+            if leads:
+                write_result(path, result)
+            torch.distributed.barrier()
+        return read_result(path)
+
+    before = held_out(folder.before)
+    console.evaluation("before", before.scores)
+    with MetricsLogger(folder.root, first_step, enabled=leads) as log, phase("reinforcement"):
+        for step in range(first_step, config.steps):
+            metrics = trainer.step(step)
+            log(step, metrics)
+            console.step(step, metrics)
+            stopping = stop.agreed()
+            if stopping or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
+                trainer.save(folder.checkpoints, step + 1)
+            if stopping:
+                console.stopped(stop.reason, step + 1)
+                return
+    after = held_out(folder.after)
+    console.evaluation("after", after.scores)
+    with phase("export"):
+        export_checkpoint(trainer.learner.policy, start, folder.policy)
+    if leads:
+        write_json(folder.summary, {"before": before.scores, "after": after.scores, "seconds": phase.seconds})
+        write_report(folder, config, before, after, eval_set)
+    console.finished(folder)
+
+
+def build_trainer(
+    config: RunConfig, start: Path, dataset: CaptionDataset, layout: ModelLayout, platform: Platform
+) -> Trainer:
+    """The learner with the weights of `start`, the engine beside it, and what lies between them. A collective."""
+    learner = Learner(
+        start,
+        config.model,
+        config.parallel,
+        config.optimizer,
+        config.algorithm,
+        platform,
+        temperature=config.rollout.temperature,
+        max_response_length=config.rollout.max_tokens,
+    )
+    engine = RolloutEngine(
+        start, config.rollout, device=platform.device, dtype=platform.dtype(config.model.dtype), seed=config.seed
+    )
+    processor = PromptProcessor(start)
+    return Trainer(
+        config=config,
+        dataset=dataset,
+        sampler=PromptSampler(len(dataset), config.seed, config.rollout.prompts_per_step),
+        length=count_words if config.algorithm.gate.unit == "words" else processor.count_tokens,
+        judge=build_judge(config.rewards),
+        engine=engine,
+        replica=Replica.current(config.rollout.tensor_parallel),
+        batches=batch_builder(processor, config, layout, learner.architecture),
+        learner=learner,
+        refit=build_refit(learner.policy, engine, config.parallel),
+    )

@@ -1,0 +1,26 @@
+#!/usr/bin/env python3
+"""Train a captioner with BalCapRL:
+
+    torchrun --nproc-per-node N launch/pretrain_rl.py --config configs/RUN.yaml [key=value ...]
+"""
+
+import argparse
+
+from balcap_mega.cli import exit_on_user_error
+from balcap_mega.config.load import load_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys that replace the file's")
+    arguments = parser.parse_args()
+    with exit_on_user_error():
+        config = load_config(arguments.config, arguments.overrides)
+        from balcap_mega.training.run import run  # heavy imports only once the configuration is right
+
+        run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The whole program as a user starts it: torchrun, the smoke configuration, two ranks, real parts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+TIMING = ("seconds/", "throughput/")
+
+
+def command(output: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    script = ["launch/pretrain_rl.py", "--config", "configs/scenes_smoke.yaml", f"output_dir={output}"]
+    return [*torchrun, *script, *overrides]
+
+
+def train(output: Path, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(output, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def rows(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timing(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.startswith(TIMING)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished smoke run's folder."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = train(output)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return output
+
+
+def test_leaves_everything_behind(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    for moment in ("before", "after"):
+        assert set(summary[moment]) == {"precision", "recall", "linguistic", "b_capscore", "length_ratio"}
+    assert all(seconds >= 0 for seconds in summary["seconds"].values())
+    assert (finished / "config.yaml").is_file()
+    assert list(finished.glob("tensorboard/events.*"))
+    assert list((finished / "checkpoints").glob("step_*"))
+    report = (finished / "report.html").read_text()
+    assert "<img" in report
+    assert "http-equiv" not in report and 'src="http' not in report
+
+
+def test_trainer_and_engine_agree(finished):
+    """Before each update: equal logprobs within fp32 tolerance, the first ratio exactly 1, no KL to itself."""
+    for row in rows(finished):
+        assert row["rollout/logprob_difference_max"] <= 1e-4
+        assert row["policy/ratio_max_first"] == 1.0
+        assert row["policy/kl_old"] == 0.0
+    assert len(rows(finished)) == 3
+
+
+def test_exported_policy_loads_in_transformers(finished):
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(finished / "policy")
+    before = load_file(finished / "warmed_up" / "model.safetensors")
+    after = load_file(finished / "policy" / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved and not any("visual" in name for name in moved), "RL moves the language model and leaves vision alone"
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+
+def test_interrupted_run_continues_to_the_same_weights(finished, tmp_path):
+    """SIGTERM to the ranks after the first step; the same command then ends where the uninterrupted run ended."""
+    output = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        command(output), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not (output / "metrics.jsonl").exists() or not rows(output):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=10)[0][-4000:]
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for child in children:
+        os.kill(int(child), signal.SIGTERM)
+    log = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, log[-4000:]
+    assert len(rows(output)) < 3, "the run was to stop early"
+
+    done = train(output)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert list(map(without_timing, rows(output))) == list(map(without_timing, rows(finished)))
+    ours = load_file(output / "policy" / "model.safetensors")
+    theirs = load_file(finished / "policy" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["rollout.group_sise=4"], "rollout.group_size"),
+        (["rollout.group_size=1"], "rollout.group_size"),
+        (["parallel.tensor=3"], "parallel.tensor"),
+        (["algorithm.weights={precision: -1}"], "algorithm.weights.precision"),
+        (["algorithm.gate={lower: 3, upper: 2}"], "algorithm.gate"),
+        (["model={path: /nowhere}"], "model.path=/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, overrides, named):
+    script = ["launch/pretrain_rl.py", "--config", "configs/scenes_smoke.yaml", f"output_dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, *script, *overrides], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert named in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_runs_folder_is_refused(finished):
+    done = train(finished, "seed=7")
+    assert done.returncode != 0
+    assert "seed" in done.stderr and "another output_dir" in done.stderr
