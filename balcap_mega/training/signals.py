@@ -19,6 +19,10 @@ class StopRequest:
     def _remember(self, number: int, frame) -> None:
         self.received = signal.Signals(number)
 
+    @property
+    def reason(self) -> str:
+        return self.received.name if self.received else "a signal to another rank"
+
     def agreed(self) -> bool:
         """True on all ranks as soon as one of them was asked to stop."""
         flag = torch.tensor([self.received is not None], dtype=torch.int32)
