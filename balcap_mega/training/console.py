@@ -1,4 +1,4 @@
-"""What a person sees of a run: its facts, one line a step, the evaluations. A plain log gets the same, without codes."""
+"""What a person sees of a run: its facts, one line a step, the evaluations. A plain log gets the same."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence

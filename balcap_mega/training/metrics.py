@@ -14,7 +14,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class PhaseTimer:
-    """`with phase("rollout"): ...` adds the wall time of the block to `phase.seconds["rollout"]`, also when it raises."""
+    """`with phase("rollout"): ...` adds the block's wall time to `phase.seconds["rollout"]`, also if it raises."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -39,14 +39,13 @@ class MetricsLogger:
     """
 
     def __init__(self, folder: Path, first_step: int = 0, *, enabled: bool = True) -> None:
-        self._file = self._board = self._wandb = None
+        self._path = folder / METRICS_FILE
+        self._board = self._wandb = None
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
 
-        path = folder / METRICS_FILE
-        _keep_steps(path, first_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115: `__exit__` closes it
+        _keep_steps(self._path, first_step)
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
         self._wandb = _start_wandb(folder)
 
@@ -54,21 +53,21 @@ class MetricsLogger:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for sink in (self._file, self._board):
-            if sink is not None:
-                sink.close()
+        if self._board is not None:
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(exception[0] is not None))
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log step `step` (from 0); everywhere it is written as the number of steps done, from 1."""
-        if self._file is None:
+        if self._board is None:
             return
         done = step + 1
-        # One write and a sync a line: a crash can cut off the last line only, which `read_metrics` leaves out.
-        self._file.write(json.dumps({"step": done, **metrics}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        # One write and one sync a line: a crash can cut off the last line only, which `read_metrics` leaves out.
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": done, **metrics}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         for name, value in metrics.items():
             self._board.add_scalar(name, value, done)
         if self._wandb is not None:
@@ -91,7 +90,7 @@ def _keep_steps(path: Path, steps_done: int) -> None:
 
 
 def _start_wandb(folder: Path) -> Any:
-    """A Weights & Biases run named after the folder and gone on with if the folder's run goes on; None if not set up."""
+    """A Weights & Biases run named after the folder, gone on with when the folder's run is; None if not set up."""
     wanted = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE"))
     if not wanted or importlib.util.find_spec("wandb") is None:
         return None
