@@ -140,6 +140,8 @@ class _Table:
         """The pieces, one below the other."""
         row = 0
         for name, start, stop in pieces:
+            if start == stop:  # a vocabulary that ends before this rank's rows begin
+                continue
             cols = (0, math.prod(self.shapes[name][1:]))
             self.blocks.append(Block(name, (start, stop), cols, parameter, (row, row + stop - start), cols))
             row += stop - start

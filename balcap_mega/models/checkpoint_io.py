@@ -1,0 +1,249 @@
+"""Weights in from, and out to, a folder in the Hugging Face layout, at any Megatron layout.
+
+Both directions walk the mapping table (`mapping.py`), tensor by tensor, and no rank ever holds the model:
+
+- Import copies each slice that a rank needs from the memory-mapped file straight into its parameter. Beyond the
+  parameters, a rank's own host memory grows by one such slice; file pages are the kernel's to drop.
+- Export lets the tensor-parallel ranks of each pipeline stage write that stage's shard files in turns, each assembling
+  one file at a time from what the others send it: `shard_bytes` of host memory a rank (or the largest tensor, if that
+  is more), and on the device one slice.
+"""
+
+import json
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from balcap_mega.errors import UserError
+from balcap_mega.models.checkpoint_files import INDEX_FILE, check_checkpoint
+from balcap_mega.models.huggingface_tensors import huggingface_shapes
+from balcap_mega.models.mapping import Block, megatron_blocks
+from balcap_mega.models.policy import VisionLanguagePolicy
+from balcap_mega.parallel.groups import current_layout
+
+SHARD_BYTES = 2 * 2**30
+
+
+def import_checkpoint(folder: str | Path, policy: VisionLanguagePolicy) -> None:
+    """Read this rank's slices of the weights in `folder` into `policy`, in place, cast to its dtype.
+
+    No collective: ranks read on their own. Raises UserError (see `check_checkpoint`, which the caller may also run
+    before it builds a policy) before any parameter is touched.
+    """
+    stored = check_checkpoint(folder, policy.architecture)
+    parameters = _matrices(policy)
+    blocks = _blocks(policy)
+    _check_table(parameters, blocks)
+    by_file = defaultdict(list)
+    for block in blocks:
+        by_file[stored[block.hf_name].file].append(block)
+    with torch.no_grad():
+        for name in _padded(parameters, blocks):
+            parameters[name].zero_()
+        for file, wanted in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for block in wanted:
+                    source = opened.get_slice(stored[block.hf_name].name)
+                    _part(parameters[block.parameter], block.rows, block.cols).copy_(_read(source, block))
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One safetensors file: the tensors in it, all of which stand on pipeline stage `stage`."""
+
+    name: str
+    stage: int
+    tensors: tuple[str, ...]
+
+
+def export_checkpoint(
+    policy: VisionLanguagePolicy, source: str | Path, folder: str | Path, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `policy` to the new folder `folder`; config, tokenizer and processor files are copied from `source`.
+
+    A collective of all ranks; the first data-parallel replica writes. The folder appears under its name only when it is
+    whole. Raises UserError on every rank where `folder` exists already.
+    """
+    source, folder = Path(source), Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    layout = current_layout()
+    is_first_rank = torch.distributed.get_rank() == 0
+    verdict = [is_first_rank and folder.exists()]
+    torch.distributed.broadcast_object_list(verdict, src=0)
+    if verdict[0]:
+        raise UserError(f"{folder} exists already", remedy="choose another folder to export to, or delete this one")
+    if is_first_rank:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+
+    dtype = policy.config.params_dtype
+    tables = [
+        [_blocks(policy, tensor_rank, pipeline_rank) for tensor_rank in range(layout.tensor_size)]
+        for pipeline_rank in range(layout.pipeline_size)
+    ]
+    shards = plan_shards(
+        huggingface_shapes(policy.architecture),
+        [{block.hf_name for table in stage for block in table} for stage in tables],
+        element_size=dtype.itemsize,
+        shard_bytes=shard_bytes,
+    )
+    if layout.data_rank == 0:
+        _write_stage(policy, partial, shards, tables[layout.pipeline_rank])
+    torch.distributed.barrier()
+    if is_first_rank:
+        shapes = huggingface_shapes(policy.architecture)
+        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+        weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _copy_companions(source, partial, dtype)
+        partial.rename(folder)
+    torch.distributed.barrier()
+
+
+def plan_shards(
+    shapes: dict[str, tuple[int, ...]], stages: list[set[str]], *, element_size: int, shard_bytes: int
+) -> list[ShardFile]:
+    """Deal every tensor to a file of the first stage that holds it, files of at most `shard_bytes` or one tensor."""
+    groups: list[tuple[int, list[str]]] = []
+    seen: set[str] = set()
+    for stage, names in enumerate(stages):
+        size = shard_bytes + 1  # the first tensor opens a file
+        for name in (name for name in shapes if name in names - seen):
+            tensor_bytes = torch.Size(shapes[name]).numel() * element_size
+            if size + tensor_bytes > shard_bytes:
+                groups.append((stage, []))
+                size = 0
+            groups[-1][1].append(name)
+            size += tensor_bytes
+        seen |= names
+    return [
+        ShardFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", stage, tuple(names))
+        for number, (stage, names) in enumerate(groups, start=1)
+    ]
+
+
+def _write_stage(
+    policy: VisionLanguagePolicy, folder: Path, shards: list[ShardFile], tables: list[list[Block]]
+) -> None:
+    """Assemble and write this stage's files, the tensor-parallel ranks taking turns; `tables` has each one's blocks."""
+    layout = current_layout()
+    parameters, shapes = _matrices(policy), huggingface_shapes(policy.architecture)
+    pieces = [defaultdict(list) for _ in tables]
+    for rank, table in enumerate(tables):
+        for block in table:
+            pieces[rank][block.hf_name].append(block)
+    mine = [shard for shard in shards if shard.stage == layout.pipeline_rank]
+    for first in range(0, len(mine), layout.tensor_size):
+        own_shard = None
+        # All send and receive in the order of this loop; then the writers write side by side.
+        for writer, shard in enumerate(mine[first : first + layout.tensor_size]):
+            tensors = {name: _assemble(name, shapes[name], writer, pieces, parameters) for name in shard.tensors}
+            if writer == layout.tensor_rank:
+                own_shard = shard, tensors
+        if own_shard is not None:
+            shard, tensors = own_shard
+            save_file(tensors, folder / shard.name, metadata={"format": "pt"})
+
+
+def _assemble(
+    name: str,
+    shape: tuple[int, ...],
+    writer: int,
+    pieces: list[dict[str, list[Block]]],
+    parameters: dict[str, Tensor],
+) -> Tensor | None:
+    """The whole tensor on the CPU of tensor-parallel rank `writer`; None on the others, which send their blocks."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    is_writer = group.rank() == writer
+    rows, columns = shape[0], torch.Size(shape[1:]).numel()
+    own = pieces[writer][name]
+    is_whole = sum((b.rows[1] - b.rows[0]) * (b.cols[1] - b.cols[0]) for b in own) == rows * columns
+    dtype = next(iter(parameters.values())).dtype
+    device = next(iter(parameters.values())).device
+    tensor = torch.empty(rows, columns, dtype=dtype) if is_writer else None
+    for rank in [writer] if is_whole else range(group.size()):
+        for block in pieces[rank][name]:
+            if rank == group.rank():
+                part = _part(parameters[block.parameter], block.rows, block.cols)
+                if not is_writer:
+                    torch.distributed.send(part.contiguous(), group=group, group_dst=writer)
+            elif is_writer:
+                height, width = block.hf_rows[1] - block.hf_rows[0], block.hf_cols[1] - block.hf_cols[0]
+                part = torch.empty(height, width, dtype=dtype, device=device)
+                torch.distributed.recv(part, group=group, group_src=rank)
+            if is_writer:
+                _part(tensor, block.hf_rows, block.hf_cols).copy_(part)
+    return tensor.view(shape) if is_writer else None
+
+
+def _copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Everything beside the weights; config.json says which dtype they have now."""
+    for file in sorted(source.iterdir()):
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name != INDEX_FILE:
+            shutil.copyfile(file, folder / file.name)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for section in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        for key in ("dtype", "torch_dtype"):
+            if key in section:
+                section[key] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _blocks(
+    policy: VisionLanguagePolicy, tensor_rank: int | None = None, pipeline_rank: int | None = None
+) -> list[Block]:
+    """The table of a rank of this layout: this one's own unless told."""
+    layout = current_layout()
+    return megatron_blocks(
+        policy.architecture,
+        tensor_rank=layout.tensor_rank if tensor_rank is None else tensor_rank,
+        tensor_size=layout.tensor_size,
+        pipeline_rank=layout.pipeline_rank if pipeline_rank is None else pipeline_rank,
+        pipeline_size=layout.pipeline_size,
+        transformer_engine=any(name.endswith("linear_qkv.layer_norm_weight") for name, _ in policy.named_parameters()),
+    )
+
+
+def _matrices(policy: VisionLanguagePolicy) -> dict[str, Tensor]:
+    """This rank's parameters as the mapping sees them: views [shape[0], rest]."""
+    return {name: parameter.detach().view(parameter.shape[0], -1) for name, parameter in policy.named_parameters()}
+
+
+def _padded(parameters: dict[str, Tensor], blocks: list[Block]) -> list[str]:
+    """Parameters that the blocks do not fill: vocabulary slices with padding rows."""
+    left = {name: parameter.numel() for name, parameter in parameters.items()}
+    for block in blocks:
+        left[block.parameter] -= (block.rows[1] - block.rows[0]) * (block.cols[1] - block.cols[0])
+    return [name for name, elements in left.items() if elements]
+
+
+def _check_table(parameters: dict[str, Tensor], blocks: list[Block]) -> None:
+    """The policy and the table agree on names, and only the vocabulary is padded."""
+    different = parameters.keys() ^ {block.parameter for block in blocks}
+    padded = [
+        name for name in _padded(parameters, blocks) if "word_embeddings" not in name and "output_layer" not in name
+    ]
+    if different or padded:
+        raise RuntimeError(f"the mapping table does not fit the policy: {sorted(different)}, {padded}")
+
+
+def _part(matrix: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+    return matrix[rows[0] : rows[1], cols[0] : cols[1]]
+
+
+def _read(source, block: Block) -> Tensor:
+    """The block's rectangle [height, width] of a safetensors slice object."""
+    (top, bottom), (left, right) = block.hf_rows, block.hf_cols
+    if len(source.get_shape()) == 2:
+        return source[top:bottom, left:right]
+    return source[top:bottom].reshape(bottom - top, right - left)
