@@ -1,5 +1,6 @@
 """The learner: this rank's shards of the policy, their optimizer, and the three things done with them."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,10 +156,15 @@ class Learner:
             self.optimizer.zero_grad()
             run_schedule(self.model, microbatches, self._forward(keep), loss)
             loss_value, metrics = self._reduce(list(results.values()))
-            if not torch.isfinite(torch.tensor(loss_value)):
-                raise FloatingPointError(f"the loss is {loss_value}; the weights were left as they were")
-            _, gradient_norm, _ = self.optimizer.step()
-        return UpdateResult(loss_value, float(gradient_norm), metrics)
+            self.optimizer.prepare_grads()
+            gradient_norm = float(self.optimizer.get_grad_norm())
+            if not (math.isfinite(loss_value) and math.isfinite(gradient_norm)):
+                raise FloatingPointError(
+                    f"loss {loss_value}, gradient norm {gradient_norm} are not finite; the weights were left as they "
+                    "were, and the last checkpoint is good"
+                )
+            self.optimizer.step()
+        return UpdateResult(loss_value, gradient_norm, metrics)
 
     def _reduce(self, results: Sequence[PolicyLoss]) -> tuple[float, dict[str, float]]:
         """Sum over microbatches and data-parallel ranks, known to every rank: each last stage's first rank counts."""

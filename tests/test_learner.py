@@ -1,0 +1,110 @@
+"""The learner: what must hold exactly at a step's first update, and that a broken step moves nothing."""
+
+import pytest
+import torch
+from PIL import Image
+
+from balcap_mega.algorithm.batch import Advantages
+from balcap_mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from balcap_mega.data.records import CaptionRecord
+from balcap_mega.models.processing import PromptProcessor
+from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
+from balcap_mega.training.batches import Prompts, batch_builder
+from balcap_mega.training.learner import Learner
+from balcap_mega.training.microbatch import with_old_logprobs, with_reference_logprobs
+
+PARALLEL = ParallelConfig(device="cpu")
+CAPTIONS = ("A large red circle.", "Two blue squares are above a star.", "A star.", "A red star is to the left.")
+
+
+@pytest.fixture(scope="module")
+def layout():
+    torch.set_num_threads(1)
+    yield initialize_parallel(PARALLEL, Platform.resolve("cpu"))
+    destroy_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def make_learner(folder, **algorithm) -> Learner:
+    model = ModelConfig(path=str(folder), dtype="float32")
+    config = AlgorithmConfig(**algorithm)
+    return Learner(folder, model, PARALLEL, OptimizerConfig(learning_rate=1e-2), config, Platform.resolve("cpu"))
+
+
+def make_batch(folder, learner, layout, updates=1):
+    """Two prompts with two captions each, with made-up engine logprobs and advantages."""
+    processor = PromptProcessor(folder)
+    records = [CaptionRecord(str(n), Image.new("RGB", (56, 84), (9, 99, 40 * n)), "Describe it.", "") for n in range(2)]
+    groups = []
+    for number, record in enumerate(records):
+        tokens = [processor.encode_caption(text) for text in CAPTIONS[2 * number : 2 * number + 2]]
+        rollouts = tuple(Rollout(ids, (-6.0,) * len(ids), "", True) for ids in tokens)
+        groups.append(RolloutGroup(number, processor(record).prompt_token_ids, rollouts))
+    values = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    advantages = Advantages(values, values[None], torch.zeros(4, dtype=torch.bool))
+    config = RunConfig(output_dir="unused", model={"path": str(folder)}, packing={"row_tokens": 256})
+    builder = batch_builder(processor, config, layout, learner.architecture)
+    return builder.from_rollouts(Prompts(records, range(2)), groups, advantages, updates).minibatches
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+def test_first_update_has_ratio_one_and_no_divergence(tiny_checkpoint, layout, family):
+    folder = tiny_checkpoint(family)
+    learner = make_learner(folder, kl_weight=0.1)
+    [microbatches] = make_batch(folder, learner, layout)
+    microbatches = with_reference_logprobs(microbatches, learner.reference_logprobs(microbatches))
+    first = learner.update(microbatches).metrics
+    assert first["ratio_max"] == 1.0 and first["clip_fraction"] == 0.0
+    assert first["kl_old"] == 0.0 and first["kl_reference"] == 0.0
+
+    microbatches = with_old_logprobs(microbatches, learner.reference_logprobs(microbatches))
+    second = learner.update(microbatches).metrics
+    assert second["ratio_max"] > 1.0 and second["kl_old"] > 0.0 and second["kl_reference"] > 0.0
+
+
+def test_fused_and_plain_heads_train_alike(tiny_checkpoint, layout):
+    """Five updates at the whole model's scale; `algorithm.fused` must not change what is learned."""
+    folder = tiny_checkpoint("qwen2_5_vl")
+    weights = []
+    for fused in (True, False):
+        learner = make_learner(folder, fused=fused, aggregation="sequence_mean")
+        [microbatches] = make_batch(folder, learner, layout)
+        for _ in range(5):
+            learner.update(microbatches)
+        weights.append(dict(learner.policy.named_parameters()))
+    for name, parameter in weights[0].items():
+        torch.testing.assert_close(parameter, weights[1][name], rtol=1e-5, atol=1e-5)
+
+
+def test_positive_advantage_raises_probability(tiny_checkpoint, layout):
+    folder = tiny_checkpoint("qwen2_5_vl")
+    learner = make_learner(folder)
+    [microbatches] = make_batch(folder, learner, layout)
+    before = learner.logprobs(microbatches)
+    for _ in range(3):
+        learner.update(microbatches)
+    for microbatch, old, new in zip(microbatches, before, learner.logprobs(microbatches), strict=True):
+        signs = microbatch.tokens.advantages.sign()
+        assert ((new - old) * signs).sum() > 0
+
+
+def test_a_step_that_is_not_finite_moves_nothing(tiny_checkpoint, layout):
+    folder = tiny_checkpoint("qwen2_5_vl")
+    learner = make_learner(folder)
+    [microbatches] = make_batch(folder, learner, layout)
+    before = {name: parameter.clone() for name, parameter in learner.policy.named_parameters()}
+    microbatches[0].tokens.advantages[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="weights were left"):
+        learner.update(microbatches)
+    for name, parameter in learner.policy.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_minibatches_keep_groups_whole(tiny_checkpoint, layout):
+    folder = tiny_checkpoint("qwen2_5_vl")
+    learner = make_learner(folder)
+    first, second = make_batch(folder, learner, layout, updates=2)
+    sequences = [{n for m in half for n in m.tokens.sequence_ids.tolist()} for half in (first, second)]
+    assert sequences == [{0, 1}, {2, 3}]
