@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,5 +99,5 @@ def _start_wandb(folder: Path) -> Any:
 
     identity = folder / "wandb_id"
     if not identity.exists():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(secrets.token_hex(4))
     return wandb.init(dir=str(folder), name=folder.name, id=identity.read_text(), resume="allow")
