@@ -88,7 +88,7 @@ def run(config: RunConfig) -> None:
     if leads:
         write_json(folder.summary, {"before": before.scores, "after": after.scores, "seconds": phase.seconds})
         write_report(folder, config, before, after, eval_set)
-    console.finished(folder)
+    console.finished(folder.root)
 
 
 def build_trainer(
