@@ -43,12 +43,9 @@ class Case:
     images: list[list[VisionInputs]]
     rows: list[PackedRow]
 
-    def images_of(self, row: PackedRow) -> tuple[list[VisionInputs], list[int]]:
-        """The row's distinct images and which of them each run of image tokens is."""
-        distinct = list(dict.fromkeys(row.images))
-        flat = [(prompt, index) for prompt in distinct for index in range(len(self.images[prompt]))]
-        order = [flat.index((prompt, index)) for prompt in row.images for index in range(len(self.images[prompt]))]
-        return [self.images[prompt][index] for prompt, index in flat], order
+    def images_of(self, row: PackedRow) -> list[VisionInputs]:
+        """The row's images in order of appearance."""
+        return [image for prompt in row.images for image in self.images[prompt]]
 
 
 def make_case(folder, *, pad_to: int = 4, shared_prefix: bool = True) -> Case:

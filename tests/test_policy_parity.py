@@ -46,15 +46,13 @@ def run_rows(policy, model, case: Case, *, forward_only: bool):
     vocab_size = policy.architecture.vocab_size
 
     def forward(stage, row):
-        images, order = case.images_of(row)
         return stage(
             row.tokens[None],
             row.position_ids[:, None],
             row.segments,
             row.hidden_rows,
             whole_logits(vocab_size),
-            images,
-            order,
+            case.images_of(row),
         )
 
     def loss(row, logits):

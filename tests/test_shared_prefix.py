@@ -94,15 +94,13 @@ def step(model, architecture, groups, images, *, shared_prefix: bool, fused: boo
             counts[id(row)] = loss.normaliser.int()
             return loss.loss_sum
 
-        distinct = list(dict.fromkeys(row.images))
         return stage(
             row.tokens[None],
             row.position_ids[:, None],
             row.segments,
             row.hidden_rows,
             objective,
-            [images[prompt] for prompt in distinct],
-            [distinct.index(prompt) for prompt in row.images],
+            [images[prompt] for prompt in row.images],
         )
 
     model.zero_grad_buffer()
@@ -120,13 +118,18 @@ def largest_difference(name: str, actual: dict[str, torch.Tensor], expected: dic
     return float((actual[name] - expected[name]).abs().max() / scale)
 
 
-def compare(folder, parallel: ParallelConfig) -> dict[str, float]:
+def make_policy(folder, parallel: ParallelConfig, *, freeze_vision: bool):
     platform = Platform.resolve("cpu")
     initialize_parallel(parallel, platform)
     architecture = Architecture.from_folder(folder)
-    config = ModelConfig(path=str(folder), dtype="float32", freeze_vision=False)
+    config = ModelConfig(path=str(folder), dtype="float32", freeze_vision=freeze_vision)
     policy = build_policy(architecture, config, parallel, platform)
     load_state(policy, load_reference(folder).state_dict())
+    return platform, architecture, policy
+
+
+def compare(folder, parallel: ParallelConfig) -> dict[str, float]:
+    platform, architecture, policy = make_policy(folder, parallel, freeze_vision=False)
     groups, images = make_groups(folder)
     differences = {}
     with platform.megatron():
@@ -146,6 +149,21 @@ def compare(folder, parallel: ParallelConfig) -> dict[str, float]:
     return differences
 
 
+def images_encoded(folder) -> list[int]:
+    """How many images this rank's frozen tower encodes in each forward, over two passes through all rows."""
+    parallel = ParallelConfig(tensor=2, distributed_optimizer=False)
+    platform, architecture, policy = make_policy(folder, parallel, freeze_vision=True)
+    groups, images = make_groups(folder)
+    counts = []
+    policy.vision.register_forward_pre_hook(lambda tower, arguments: counts.append(len(arguments[0])))
+    with platform.megatron():
+        model = wrap_ddp(policy, parallel)
+        for shared_prefix in (True, False):
+            step(model, architecture, groups, images, shared_prefix=shared_prefix, fused=True)
+    destroy_parallel()
+    return counts
+
+
 LAYOUTS = {
     "one model per rank": {},
     "tensor parallel": {"tensor": 2},
@@ -154,15 +172,18 @@ LAYOUTS = {
 }
 
 
-def compare_all(folder) -> dict[str, dict[str, float]]:
-    return {
-        name: compare(folder, ParallelConfig(**layout, distributed_optimizer=False)) for name, layout in LAYOUTS.items()
-    }
+def compare_all(folder) -> tuple[dict[str, dict[str, float]], list[int]]:
+    layouts = {name: ParallelConfig(**layout, distributed_optimizer=False) for name, layout in LAYOUTS.items()}
+    return {name: compare(folder, layout) for name, layout in layouts.items()}, images_encoded(folder)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
 def test_shared_prefix_changes_nothing(tiny_checkpoint, family):
-    for rank, layouts in enumerate(launch(2, compare_all, tiny_checkpoint(family))):
+    ranks = launch(2, compare_all, tiny_checkpoint(family))
+    assert sum(sum(counts) for _, counts in ranks) == len(GROUPS), (
+        "a frozen tower must encode each image once, on one rank"
+    )
+    for rank, (layouts, _) in enumerate(ranks):
         for layout, differences in layouts.items():
             for quantity, difference in differences.items():
                 assert difference < 1e-5, f"rank {rank}, {layout}: {quantity} differs by {difference:.1e}"

@@ -23,6 +23,7 @@ queries, then the key, then the value; with fewer key/value heads than TP ranks 
 """
 
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core import parallel_state
@@ -103,6 +104,7 @@ class VisionLanguagePolicy(MegatronModule):
         self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
         self.freeze_vision = freeze_vision
+        self._frozen_embeddings: WeakKeyDictionary[VisionInputs, Tensor] = WeakKeyDictionary()
         self.vision = build_vision_tower(architecture.vision) if layout.is_first_stage else None
         if self.vision is not None:
             self.vision.to(config.params_dtype)
@@ -130,29 +132,25 @@ class VisionLanguagePolicy(MegatronModule):
         hidden_rows: Tensor,
         objective: Objective,
         images: Sequence[VisionInputs] = (),
-        image_order: Sequence[int] = (),
     ) -> Tensor:
         """Run this stage on one packed row (see `packing.rows.PackedRow`); every TP rank passes the same arguments.
 
         tokens:       [1, S] int64; under sequence parallelism S is a multiple of the tensor-parallel size
         position_ids: [3, 1, S] int64
-        segments:     [M, 4] int32, which tokens attend to which
+        segments:     [M, 4] int32 on the host, which tokens attend to which
         hidden_rows:  [R] int64, the rows of hidden states that the objective reads
         objective:    called on the last stage only; its result is returned there
-        images:       the row's distinct images, each encoded once
-        image_order:  for each run of image tokens in the row, which of `images` it is
+        images:       the images of the row's runs of image tokens, in order; one that appears again is encoded once
         """
-        embeddings = self._embed(tokens, images, image_order) if self.pre_process else None
+        embeddings = self._embed(tokens, images) if self.pre_process else None
         return self.language_model(embeddings, position_ids, segments, hidden_rows, objective)
 
-    def _embed(self, tokens: Tensor, images: Sequence[VisionInputs], image_order: Sequence[int]) -> Tensor:
+    def _embed(self, tokens: Tensor, images: Sequence[VisionInputs]) -> Tensor:
         """[1, S] ids -> [S, 1, H] embeddings with images in place; [S / TP, 1, H] under sequence parallelism."""
         embeddings = self.language_model.embed(tokens)
         if images:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-                encoded = encode_images(self.vision, images, parallel_state.get_tensor_model_parallel_group())
             places = (tokens[0] == self.architecture.image_token_id).nonzero()[:, 0]
-            features = torch.cat([encoded[index] for index in image_order])
+            features = torch.cat(self._encode(images))
             if len(places) != len(features):
                 raise ValueError(
                     f"{len(places)} image tokens in the row, but {len(features)} image embeddings for them"
@@ -161,6 +159,20 @@ class VisionLanguagePolicy(MegatronModule):
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings
+
+    def _encode(self, images: Sequence[VisionInputs]) -> list[Tensor]:
+        """[tokens_i, hidden] embeddings of each image.
+
+        A frozen tower's are kept for as long as their `VisionInputs` lives: the logprob passes and updates of a step
+        share them. A trained tower encodes the distinct images of every row anew, for their gradient.
+        """
+        encoded = self._frozen_embeddings if self.freeze_vision else {}
+        missing = [image for image in dict.fromkeys(images) if image not in encoded]
+        if missing:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+                group = parallel_state.get_tensor_model_parallel_group()
+                encoded.update(zip(missing, encode_images(self.vision, missing, group), strict=True))
+        return [encoded[image] for image in images]
 
     def set_input_tensor(self, input_tensor) -> None:
         """What the schedule received from the previous stage: [S, 1, H], [S / TP, 1, H] under sequence parallelism."""
