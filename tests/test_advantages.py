@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.algorithm.batch import RewardBatch
 from balcap_mega.config.schema import AlgorithmConfig
+from tests.trl_trainer import tiny_trl_trainer
 
 NAMES = ("precision", "recall", "linguistic")
 PLAIN = AlgorithmConfig(length_control="none", whiten=False)
@@ -197,11 +198,6 @@ def test_whitening_is_per_sequence_over_the_batch():
 )
 def test_parity_with_trl(tmp_path, aggregation, missing):
     """TRL's own GRPOTrainer, on a tiny random model, scores its completions with rewards that we dictate."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
-
     groups, size = 3, 4
     rewards = random_rewards(12, [size] * groups, missing=0.25 if missing else 0.0)
     valid = rewards.valid.clone()
@@ -216,24 +212,11 @@ def test_parity_with_trl(tmp_path, aggregation, missing):
         reward.__name__ = NAMES[k]
         return reward
 
-    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2, "b": 3}, unk_token="a"))
-    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>")
-    model = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                    num_attention_heads=1, num_key_value_heads=1, pad_token_id=0, eos_token_id=1)
-    )  # fmt: skip
     weights = {"precision": 1.0, "recall": 0.5, "linguistic": 2.0}
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=[component(k) for k in range(3)],
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_dict({"prompt": ["a b"] * groups}),
-        args=GRPOConfig(
-            output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_completion_length=2,
-            num_generations=size, per_device_train_batch_size=groups * size, reward_weights=list(weights.values()),
-            multi_objective_aggregation=aggregation,
-        ),
+    trainer = tiny_trl_trainer(
+        tmp_path, [component(k) for k in range(3)], prompts=groups, max_completion_length=2, num_generations=size,
+        per_device_train_batch_size=groups * size, reward_weights=list(weights.values()),
+        multi_objective_aggregation=aggregation,
     )  # fmt: skip
     expected = trainer._generate_and_score_completions([{"prompt": "a b"}] * (groups * size))["advantages"]
 

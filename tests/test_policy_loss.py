@@ -14,6 +14,7 @@ from balcap_mega.algorithm.metrics import MAXIMA, SUMS, PolicyMetrics
 from balcap_mega.algorithm.policy_loss import policy_loss
 from balcap_mega.config.schema import AlgorithmConfig
 from tests.distributed import launch
+from tests.trl_trainer import tiny_trl_trainer
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
 EVERYTHING = AlgorithmConfig(dual_clip=3.0, kl_weight=0.1, importance_cap=1.05, entropy_weight=0.01)
@@ -315,6 +316,72 @@ def test_sequence_level_falls_back_and_says_so(caplog):
     expected = policy_loss(logprobs, tokens, config, entropy=entropy)
     for one, other in zip(gradients(found.loss_sum, hidden, weight), gradients(expected.loss_sum, hidden, weight)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "loss_type", "level"),
+    [
+        ("token_mean", "dapo", "token"),
+        ("sequence_mean", "grpo", "token"),
+        ("constant_length", "dr_grpo", "token"),
+        ("sequence_mean", "grpo", "sequence"),
+    ],
+)
+def test_parity_with_trl(tmp_path, aggregation, loss_type, level):
+    """The loss that TRL's GRPOTrainer computes for the same tokens, and its gradient at the LM head and below it."""
+    lengths, longest = [5, 2, 6, 3], 6
+    trainer = tiny_trl_trainer(
+        tmp_path, [lambda completions, **_: [0.0] * len(completions)], num_generations=4, per_device_train_batch_size=4,
+        epsilon=0.2, epsilon_high=0.28, loss_type=loss_type, importance_sampling_level=level,
+        max_completion_length=longest, use_bias_correction_kl=False,
+    )  # fmt: skip
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    trainer.beta = 0.1  # after its construction, which would look for a reference model on the hub
+    model = trainer.model.eval()
+
+    tokens = random_tokens(17, lengths, 24, spread=0.5)
+    tokens = replace(tokens, targets=tokens.targets.clamp(min=2))
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+    def padded(values: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        return torch.full(mask.shape, fill, dtype=values.dtype).masked_scatter(mask, values)
+
+    prompt = torch.tensor([[2, 3]] * 4)
+    sequences = torch.cat([prompt, padded(tokens.targets)], dim=1)
+    head = HeadShard(model.lm_head.weight, 24)
+    hidden = model.model(sequences).last_hidden_state[:, 1:-1][mask]
+    noise = 0.3 * torch.randn(3, 16, generator=torch.Generator().manual_seed(18))
+    current = token_logprobs(hidden, tokens.targets, head)[0].detach()
+    tokens = replace(
+        tokens,
+        old_logprobs=current + noise[0],
+        rollout_logprobs=current + noise[1],
+        reference_logprobs=current + noise[2],
+    )
+    config = AlgorithmConfig(aggregation=aggregation, ratio_level=level, kl_weight=0.1, importance_cap=1.2)
+    found = fused_policy_loss(hidden, tokens, head, config, max_response_length=longest)
+    (found.loss_sum / found.normaliser).backward()
+    found_gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+
+    expected = trainer._compute_loss(
+        model,
+        {
+            "prompt_ids": prompt,
+            "prompt_mask": torch.ones_like(prompt),
+            "completion_ids": padded(tokens.targets),
+            "completion_mask": mask.long(),
+            "advantages": tokens.advantages[[0, 5, 7, 13]],
+            "old_per_token_logps": padded(tokens.old_logprobs),
+            "ref_per_token_logps": padded(tokens.reference_logprobs),
+            "importance_sampling_ratio": padded((tokens.old_logprobs - tokens.rollout_logprobs).exp().clamp(max=1.2)),
+            "num_items_in_batch": mask.sum(),
+        },
+    )
+    expected.backward()
+    torch.testing.assert_close(found.loss_sum / found.normaliser, expected, rtol=1e-5, atol=1e-6)
+    for one, parameter in zip(found_gradients, model.parameters()):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def vocabulary_parallel_rank(padded: int):
