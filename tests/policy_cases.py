@@ -48,7 +48,7 @@ class Case:
         return [image for prompt in row.images for image in self.images[prompt]]
 
 
-def make_case(folder, *, pad_to: int = 4, shared_prefix: bool = True) -> Case:
+def make_case(folder, *, pad_to: int = 4) -> Case:
     random = np.random.default_rng(0)
     processor = AutoProcessor.from_pretrained(folder)
     config = AutoModelForImageTextToText.from_pretrained(folder).config
@@ -72,7 +72,7 @@ def make_case(folder, *, pad_to: int = 4, shared_prefix: bool = True) -> Case:
         inputs.append(prompt)
         groups.append(PackingGroup(tokens.tolist(), positions, captions, sequences))
         sequences += len(captions)
-    rows = [build_row(row, groups, pad_to=pad_to, shared_prefix=shared_prefix) for row in ROWS]
+    rows = [build_row(row, groups, pad_to=pad_to) for row in ROWS]
     return Case(inputs, groups, images, rows)
 
 

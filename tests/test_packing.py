@@ -32,10 +32,7 @@ def plan_and_build(groups, *, data_size=1, row_tokens=64, pad_to=1, shared_prefi
         pad_to=pad_to,
         shared_prefix=shared_prefix,
     )
-    rows = [
-        [build_row(row, groups, pad_to=pad_to, shared_prefix=shared_prefix) for row in microbatches]
-        for microbatches in plan.rows
-    ]
+    rows = [[build_row(row, groups, pad_to=pad_to) for row in microbatches] for microbatches in plan.rows]
     return plan, rows
 
 

@@ -77,7 +77,7 @@ def step(model, architecture, groups, images, *, shared_prefix: bool, fused: boo
         pad_to=pad_to,
         shared_prefix=shared_prefix,
     )
-    rows = [build_row(row, groups, pad_to=pad_to, shared_prefix=shared_prefix) for row in plan.rows[layout.data_rank]]
+    rows = [build_row(row, groups, pad_to=pad_to) for row in plan.rows[layout.data_rank]]
     logprobs, losses, counts = {}, [], {}
 
     def forward(stage, row):

@@ -32,24 +32,19 @@ class PackingGroup:
         return GroupLengths(len(self.prompt_token_ids), tuple(map(len, self.captions)))
 
 
-def build_row(
-    row: Row,
-    groups: Sequence[PackingGroup] | Mapping[int, PackingGroup],
-    *,
-    pad_to: int = 1,
-    shared_prefix: bool = True,
-) -> PackedRow:
+def build_row(row: Row, groups: Sequence[PackingGroup] | Mapping[int, PackingGroup], *, pad_to: int = 1) -> PackedRow:
     """The tensors of `row`; `groups` needs only the groups that it names.
 
     Each prefix stands once, then each of its captions without its last token, at the positions that follow the
-    prefix's largest one. With `shared_prefix=False` a caption and its copy of the prefix are one causal segment.
+    prefix's largest one. A caption that has its prefix to itself forms one causal segment with it.
     """
     writer = _RowWriter()
     for piece in row:
         group = groups[piece.group]
         prefix = writer.append(group.prompt_token_ids, group.position_ids)
         writer.images.append(piece.group)
-        if shared_prefix:
+        alone = len(piece.captions) == 1
+        if not alone:
             writer.segments.append((*prefix, 0, 0))
         next_position = int(group.position_ids.max()) + 1
         for index in piece.captions:
@@ -57,7 +52,7 @@ def build_row(
             read = max(len(caption) - 1, 0)
             positions = torch.arange(next_position, next_position + read).expand(3, -1)
             start, stop = writer.append(caption[:read], positions)
-            if not shared_prefix:
+            if alone:
                 writer.segments.append((prefix[0], stop, 0, 0))
             elif read:
                 writer.segments.append((start, stop, *prefix))

@@ -103,15 +103,13 @@ class BatchBuilder:
         return self._pack(range(len(records)), prefixes, captions, processed.__getitem__, values)[0]
 
     def _pack(self, numbers, prefixes, captions, process, values) -> tuple[tuple[Microbatch, ...], PackingPlan]:
-        # A prefix with a single caption has nobody to share with, and one causal segment is less work than two.
-        shared_prefix = self.config.shared_prefix and any(len(captions[n]) > 1 for n in numbers)
         plan = plan_rows(
             [GroupLengths(prefixes[n], tuple(map(len, captions[n]))) for n in numbers],
             row_tokens=self.config.row_tokens,
             hidden_size=self.hidden_size,
             data_size=self.layout.data_size,
             pad_to=self.pad_to,
-            shared_prefix=shared_prefix,
+            shared_prefix=self.config.shared_prefix,
         )
         rows = plan.rows[self.layout.data_rank]
         mine = sorted({piece.group for row in rows for piece in row})
@@ -125,7 +123,7 @@ class BatchBuilder:
         }
         microbatches = []
         for planned in rows:
-            row = build_row(planned, groups, pad_to=self.pad_to, shared_prefix=shared_prefix)
+            row = build_row(planned, groups, pad_to=self.pad_to)
             images = tuple(processed[number].vision for number in row.images)
             microbatches.append(Microbatch(row, images, values.of_row(row)))
         return tuple(microbatches), plan
