@@ -1,0 +1,214 @@
+"""report.html: what a run did, on one self-contained page with curves, scores and captions before and after."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from PIL import Image
+
+from balcap_mega.config.load import dump_config
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.data.records import CaptionDataset
+from balcap_mega.rewards.judge import COMPONENTS, Judgement, Verdict
+from balcap_mega.training.charts import SERIES, Curve, line_chart, stacked_chart
+from balcap_mega.training.console import SCORES, clock, label, run_facts
+from balcap_mega.training.folder import RunFolder, write_text
+from balcap_mega.training.heldout import HeldOutCaption, HeldOutResult
+from balcap_mega.training.metrics import read_metrics
+
+SAMPLES = 8  # the first held-out images, which no score has chosen
+IMAGE_SIDE = 448  # pixels that a longer side is shrunk to
+PRECEDENCE = (Verdict.WRONG, Verdict.NOT_POINTABLE, Verdict.VERIFIED)  # where assertions overlap, the first one shows
+WORDS = {Verdict.VERIFIED: "verified", Verdict.WRONG: "wrong", Verdict.NOT_POINTABLE: "not pointable"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a caption and the verdict on the assertion that makes it; None where nothing is asserted."""
+
+    text: str
+    verdict: Verdict | None = None
+    assertion: str = ""
+
+    @property
+    def word(self) -> str:
+        return "" if self.verdict is None else WORDS[self.verdict]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of the page; `svg` is markup of our own making."""
+
+    title: str
+    note: str
+    legend: tuple[str, ...]
+    svg: Markup
+
+
+def write_report(
+    folder: RunFolder, config: RunConfig, before: HeldOutResult, after: HeldOutResult, dataset: CaptionDataset
+) -> None:
+    """Write `folder.report` from the folder's summary.json and metrics.jsonl, and the first captions of `dataset`."""
+    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    environment = Environment(
+        loader=PackageLoader("balcap_mega.training", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report_template.html").render(
+        name=folder.root.resolve().name,
+        facts=run_facts(config),
+        score=summary["after"]["b_capscore"],
+        score_before=summary["before"]["b_capscore"],
+        gate=config.algorithm.gate,
+        scores=score_rows(summary["before"], summary["after"]),
+        eval_size=len(before.captions),
+        charts=charts(read_metrics(folder.root), config),
+        samples=[
+            sample(old, new, dataset)
+            for old, new in zip(before.captions[:SAMPLES], after.captions[:SAMPLES], strict=True)
+        ],
+        verdicts=[(verdict.value, WORDS[verdict]) for verdict in reversed(PRECEDENCE)],
+        phases=[(name, clock(seconds), seconds) for name, seconds in summary["seconds"].items()],
+        total=clock(sum(summary["seconds"].values())),
+        total_seconds=max(sum(summary["seconds"].values()), 1e-9),
+        resolved=dump_config(config),
+    )
+    write_text(folder.report, page)
+
+
+def score_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[dict[str, object]]:
+    """Held-out scores as the table shows them; `start` and `stop` place the change on a track from 0 to 100."""
+    rows = []
+    for key in SCORES:
+        form, scale = (".2f", 50.0) if key == "length_ratio" else (".1f", 1.0)  # a length ratio's track ends at 2
+        start, stop = (min(max(scale * value, 0.0), 100.0) for value in (before[key], after[key]))
+        rows.append(
+            {
+                "label": label(key),
+                "main": key == "b_capscore",
+                "ratio": key == "length_ratio",
+                "before": format(before[key], form),
+                "after": format(after[key], form),
+                "change": format(after[key] - before[key], f"+{form}").replace("-", "−"),
+                "start": start,
+                "stop": stop,
+            }
+        )
+    return rows
+
+
+def charts(rows: Sequence[Mapping[str, float]], config: RunConfig) -> list[Chart]:
+    """The curves of a run; none when no step was taken."""
+    if not rows:
+        return []
+    steps = [int(row["step"]) for row in rows]
+
+    def curve(name: str, key: str, scale: float = 1.0) -> Curve:
+        return Curve(name, [scale * row[key] for row in rows])
+
+    def chart(title: str, note: str, *curves: Curve, **options) -> Chart:
+        legend = tuple(curve.label for curve in curves) if len(curves) > 1 else ()
+        return Chart(title, note, legend, Markup(line_chart(steps, curves, **options)))
+
+    gate = config.algorithm.gate
+    kl, other = ("kl_reference", "reference") if config.algorithm.kl_weight else ("kl_old", "sampling")
+    mismatch = [curve("largest", "rollout/logprob_difference_max"), curve("mean", "rollout/logprob_difference")]
+    phases = {
+        key.removeprefix("seconds/"): [row[key] for row in rows]
+        for key in rows[-1]
+        if key.startswith("seconds/") and key != "seconds/step"
+    }
+    longest = dict(sorted(phases.items(), key=lambda item: -sum(item[1]))[: len(SERIES)])
+    return [
+        chart("b-CapScore", "Of the sampled training captions, 0–100.", curve("", "reward/b_capscore", 100)),
+        chart(
+            "Reward components",
+            "As judged, before the length gate, 0–100.",
+            *(curve(name, f"reward/{name}", 100) for name in COMPONENTS),
+        ),
+        chart(
+            "Length ratio",
+            f"Caption over reference, in {gate.unit}. The gate passes the shaded range.",
+            curve("", "reward/length_ratio"),
+            band=(gate.lower, gate.upper),
+        ),
+        chart("Gate rate", "Captions outside the range, percent.", curve("", "reward/gate_rate", 100)),
+        chart("Entropy", "Of the policy, in nats a token.", curve("", "policy/entropy")),
+        chart("KL divergence", f"From the {other} policy, in nats a token.", curve("", f"policy/{kl}")),
+        chart("Clipped tokens", "Without gradient, percent.", curve("", "policy/clip_fraction", 100)),
+        chart(
+            "Trainer against engine",
+            "Absolute difference of their logprobs of the same tokens.",
+            *mismatch,
+            log=all(value > 0 for line in mismatch for value in line.values),
+        ),
+        chart("Gradient norm", "Before clipping.", curve("", "policy/gradient_norm")),
+        Chart("Time", "Seconds a step, by phase.", tuple(longest), Markup(stacked_chart(steps, longest))),
+    ]
+
+
+def sample(before: HeldOutCaption, after: HeldOutCaption, dataset: CaptionDataset) -> dict[str, object]:
+    """One image's card: the picture inline, the reference, and both captions in spans with their scores."""
+    record = dataset[before.record_index]
+    return {
+        "image": data_url(record.image),
+        "reference": record.reference,
+        "captions": [
+            {
+                "when": when,
+                "spans": spans(caption.caption, caption.judgement),
+                "unplaced": unplaced(caption.judgement),
+                "scores": score_words(caption.judgement),
+            }
+            for when, caption in (("before", before), ("after", after))
+        ],
+    }
+
+
+def spans(caption: str, judgement: Judgement) -> list[Span]:
+    """Cut a caption at the bounds of its assertions; the spans' texts joined are the caption."""
+    owner: list[int | None] = [None] * len(caption)
+    assertions = judgement.assertions or ()
+    for verdict in reversed(PRECEDENCE):
+        for number, assertion in enumerate(assertions):
+            if assertion.verdict is verdict:
+                length = len(owner[assertion.start : assertion.stop])
+                owner[assertion.start : assertion.stop] = [number] * length
+    cut = []
+    for number, places in groupby(range(len(caption)), key=lambda place: owner[place]):
+        first, *rest = places
+        text = caption[first : first + 1 + len(rest)]
+        cut.append(Span(text) if number is None else Span(text, assertions[number].verdict, assertions[number].text))
+    return cut
+
+
+def unplaced(judgement: Judgement) -> list[Span]:
+    """Assertions that the judge found but could not point to in the caption's text."""
+    return [Span(a.text, a.verdict, a.text) for a in judgement.assertions or () if a.start == a.stop]
+
+
+def score_words(judgement: Judgement) -> list[tuple[str, str]]:
+    """A caption's three scores, (name, what it comes to)."""
+    words = []
+    if judgement.assertions is not None:
+        verified = sum(assertion.verdict is Verdict.VERIFIED for assertion in judgement.assertions)
+        words.append(("precision", f"{verified} of {len(judgement.assertions)}"))
+    if judgement.covered:
+        words.append(("recall", f"{sum(judgement.covered)} of {len(judgement.covered)}"))
+    if judgement.linguistic is not None:
+        words.append(("linguistic", f"{100 * judgement.linguistic:.0f}"))
+    judged = {name for name, _ in words}
+    return words + [(name, "not judged") for name in COMPONENTS if name not in judged]
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture as a PNG within the page."""
+    small = image.convert("RGB")
+    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
