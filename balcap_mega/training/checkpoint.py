@@ -1,0 +1,258 @@
+"""Checkpoints to resume a run from: weights, optimizer, random generators and counters, at any later layout.
+
+    <folder>/latest                       the name of the checkpoint to resume from
+    <folder>/step_000123/manifest.json    step, layout, the caller's extra values; size and SHA-256 of every file
+    <folder>/step_000123/megatron/        weights and optimizer: Megatron's distributed format
+    <folder>/step_000123/random/          each rank's generators; taken up only at the layout that saved them
+
+A checkpoint is written as `step_000123.tmp` and renamed when it is whole. It is verified before it is read.
+
+Of what is read, only Megatron's `.metadata` is a raw pickle. Before Megatron unpickles it, the same bytes go through an
+unpickler that knows nothing but the classes of such an index and refuses all others. Tensors and `common.pt` are read
+by `torch.load(weights_only=True)`, everything else is JSON and safetensors.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from balcap_mega.errors import UserError
+from balcap_mega.parallel.groups import current_layout
+from balcap_mega.training.folder import write_json, write_text
+from balcap_mega.training.random_state import load_random_state, save_random_state
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+# Optimizer state is gathered over data-parallel ranks, on the host, to the shapes of the parameters: the one format
+# that may be read at another tensor or pipeline size.
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: DistributedDataParallel,
+    optimizer: ChainedOptimizer,
+    extra: Mapping[str, Any],
+    *,
+    keep: int,
+) -> None:
+    """Write `folder`/step_{step}, point `latest` at it and delete all but the newest `keep`. A collective.
+
+    `extra` is anything JSON can hold, the same on all ranks. Host memory: 12 bytes for each trained parameter of a
+    tensor x pipeline shard, on its first data-parallel rank.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    final = folder / f"step_{step:06d}"
+    partial = final.with_name(final.name + ".tmp")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "megatron").mkdir(parents=True)
+        (partial / "random").mkdir()
+    torch.distributed.barrier()
+    save_random_state(partial / "random" / f"rank_{rank:05d}.safetensors")
+    dist_checkpointing.save(
+        _sharded_state(model, optimizer, is_loading=False),
+        str(partial / "megatron"),
+        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+        content_metadata=CONTENT,
+    )
+    torch.distributed.barrier()
+    names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    digests: list[dict[str, dict]] = [{}] * world
+    torch.distributed.all_gather_object(digests, {name: _digest(partial / name) for name in names[rank::world]})
+    if rank == 0:
+        files = {name: digest for part in digests for name, digest in part.items()}
+        manifest = {"step": step, "layout": _layout(), "extra": dict(extra), "files": files}
+        write_json(partial / MANIFEST, manifest)
+        shutil.rmtree(final, ignore_errors=True)  # one that was found damaged
+        os.rename(partial, final)
+        write_text(folder / "latest", final.name + "\n")
+        _prune(folder, keep)
+    torch.distributed.barrier()
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names, or the newest older one if that is not whole; None without any.
+
+    Whole means that every file is there in the size that the manifest states.
+    """
+    marker = folder / "latest"
+    if not marker.is_file():
+        return None
+    newest = marker.read_text(encoding="utf-8").strip()
+    for path in sorted((path for path in _steps(folder) if path.name <= newest), reverse=True):
+        damage = _damage(path)
+        if damage is None:
+            return path
+        logger.warning("checkpoint %s is passed over: %s", path, damage)
+    return None
+
+
+def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: ChainedOptimizer) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote at this or any other layout; return its `extra`. A collective.
+
+    At the same layout everything that follows is bit for bit as without the interruption; at another one random
+    generators stay as they are. Raises UserError, on all ranks, for a damaged checkpoint or one of another model.
+    """
+    _verify(path)
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    _allocate_state(optimizer)
+    state = _sharded_state(model, optimizer, is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(path / "megatron"), strict=StrictHandling.RAISE_ALL)
+    except CheckpointingException as error:
+        raise UserError(
+            f"checkpoint {path} is of another model, or was trained with other weights frozen ({str(error)[:500]})",
+            remedy="resume with the run's own config.yaml, or choose another output_dir",
+        ) from error
+    model.module.load_state_dict(loaded["model"])
+    _load_optimizer(optimizer, loaded["optimizer"])
+    if manifest["layout"] == _layout():
+        load_random_state(path / "random" / f"rank_{torch.distributed.get_rank():05d}.safetensors")
+    return manifest["extra"]
+
+
+def _sharded_state(model: DistributedDataParallel, optimizer: ChainedOptimizer, *, is_loading: bool) -> dict:
+    weights = model.module.sharded_state_dict(metadata=CONTENT)
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=CONTENT),
+    }
+
+
+def _allocate_state(optimizer: ChainedOptimizer) -> None:
+    """Before its first step PyTorch's AdamW has no state to load into; Transformer Engine's gets it from Megatron."""
+    [part] = optimizer.chained_optimizers
+    if isinstance(part.optimizer, torch.optim.AdamW) and not part.optimizer.state:
+        part.init_state_fn(part.optimizer, part.config)
+        for state in part.optimizer.state.values():
+            state["step"] = torch.tensor(0.0)
+
+
+def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
+    """Megatron's `load_state_dict`, correct for PyTorch's AdamW too.
+
+    Megatron gives all its parameters one and the same `step` tensor, which each would then count up; and it looks for a
+    saved `step` of each when it copies their state, where there is none.
+    """
+    [part] = optimizer.chained_optimizers
+    parameter_state = state.pop("param_state", None)
+    part.load_state_dict(state)
+    steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items() if "step" in values}
+    if parameter_state is not None:
+        part.load_parameter_state_from_fully_reshardable(parameter_state)
+    for parameter, step in steps.items():
+        part.optimizer.state[parameter]["step"] = step.clone()
+
+
+def _layout() -> dict[str, int]:
+    layout = current_layout()
+    return {"tensor": layout.tensor_size, "pipeline": layout.pipeline_size, "data": layout.data_size}
+
+
+def _steps(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step_*") if path.is_dir() and path.suffix != ".tmp"]
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `latest`, and what crashes left half done."""
+    newest = (folder / "latest").read_text(encoding="utf-8").strip()
+    kept = sorted((path for path in _steps(folder) if path.name <= newest), reverse=True)[:keep]
+    for path in folder.glob("step_*"):
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files at a glance: their presence and sizes."""
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, digest in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != digest["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {digest['bytes']}"
+    return None
+
+
+def _verify(path: Path) -> None:
+    """Compare every file with its digest, each rank a share of them, and inspect the one pickle. A collective."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    damage = _damage(path)
+    if damage is None:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        changed = [name for name in sorted(files)[rank::world] if _digest(path / name) != files[name]]
+        damage = (
+            f"{changed[0]} is not as it was written" if changed else _foreign_class(path / "megatron" / ".metadata")
+        )
+    reports: list[str | None] = [None] * world
+    torch.distributed.all_gather_object(reports, damage)
+    for report in reports:
+        if report is not None:
+            raise UserError(f"checkpoint {path} is damaged: {report}", remedy="delete it to resume from an older one")
+
+
+_INDEX_CLASSES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Knows the classes of torch.distributed.checkpoint's index, and dtypes, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if name not in _INDEX_CLASSES.get(module, ()) and not is_dtype:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _foreign_class(path: Path) -> str | None:
+    """None when unpickling `path` can only build an index, else what it would call."""
+    try:
+        with open(path, "rb") as file:
+            _IndexUnpickler(file).load()
+    except pickle.UnpicklingError as error:
+        return f"{path.name} refers to {error}"
+    return None

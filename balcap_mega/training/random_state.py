@@ -1,0 +1,45 @@
+"""The random generators of one rank, to and from a safetensors file: Python, NumPy, PyTorch, CUDA, Megatron's."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+_TRACKER = "megatron."
+
+
+def save_random_state(path: Path) -> None:
+    """Call it where Megatron code is entered (`Platform.megatron`): on a CPU its generators are redirected."""
+    python_version, python_words, python_gauss = random.getstate()
+    name, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    tensors = {
+        "python": torch.tensor(python_words, dtype=torch.int64),
+        "numpy": torch.from_numpy(words.astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    tensors |= {_TRACKER + key: state.clone() for key, state in get_cuda_rng_tracker().get_states().items()}
+    scalars = {"python": [python_version, python_gauss], "numpy": [name, position, has_gauss, gauss]}
+    save_file(tensors, path, metadata={"scalars": json.dumps(scalars)})
+
+
+def load_random_state(path: Path) -> None:
+    """Put every generator back to where `save_random_state` found it."""
+    with safe_open(path, framework="pt") as opened:
+        scalars = json.loads(opened.metadata()["scalars"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not iterable itself)
+    python_version, python_gauss = scalars["python"]
+    random.setstate((python_version, tuple(tensors["python"].tolist()), python_gauss))
+    name, *rest = scalars["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
+    states = {key.removeprefix(_TRACKER): state for key, state in tensors.items() if key.startswith(_TRACKER)}
+    get_cuda_rng_tracker().set_states(states)

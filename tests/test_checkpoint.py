@@ -1,0 +1,239 @@
+"""Run checkpoints: bit-exact at one layout, loadable at another, never half there, pruned, verified."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+from collections import defaultdict
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from balcap_mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from balcap_mega.errors import UserError
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.checkpoint_io import import_checkpoint
+from balcap_mega.models.mapping import megatron_blocks
+from balcap_mega.models.policy import build_policy
+from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
+from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tests.distributed import launch
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e9)
+
+
+class Learner:
+    """A policy, its optimizer, and updates along gradients drawn for the whole model: the same at every layout."""
+
+    def __init__(self, folder: Path, parallel: ParallelConfig, dtype: str = "bfloat16", freeze_vision: bool = True):
+        self.platform = Platform.resolve("cpu")
+        initialize_parallel(parallel, self.platform)
+        config = ModelConfig(path=str(folder), dtype=dtype, freeze_vision=freeze_vision)
+        self.policy = build_policy(Architecture.from_folder(folder), config, parallel, self.platform)
+        import_checkpoint(folder, self.policy)
+        layout = current_layout()
+        self.blocks = megatron_blocks(
+            self.policy.architecture,
+            tensor_rank=layout.tensor_rank,
+            tensor_size=layout.tensor_size,
+            pipeline_rank=layout.pipeline_rank,
+            pipeline_size=layout.pipeline_size,
+        )
+        with self.platform.megatron():
+            self.model = wrap_ddp(self.policy, parallel)
+            self.optimizer = build_optimizer(self.model, OPTIMIZER, parallel)
+
+    def update(self, seed: int) -> None:
+        """One optimizer step; `seed` gives each Hugging Face tensor its gradient."""
+        parameters = dict(self.policy.named_parameters())
+        with self.platform.megatron():
+            self.model.zero_grad_buffer()
+            for block in self.blocks:
+                parameter = parameters[block.parameter]
+                if not parameter.requires_grad:
+                    continue
+                gradient = parameter.main_grad.view(parameter.shape[0], -1)
+                rows, cols = (torch.arange(*span, dtype=torch.float32) for span in (block.hf_rows, block.hf_cols))
+                phase = len(block.hf_name) + 31 * seed
+                gradient[slice(*block.rows), slice(*block.cols)] = torch.sin(rows[:, None] * 0.7 + cols * 0.3 + phase)
+            self.optimizer.step()
+
+    def weights(self) -> dict[tuple, np.ndarray]:
+        """This rank's rectangles of the Hugging Face tensors, by name, rows and columns."""
+        parameters = {name: value.detach().view(value.shape[0], -1) for name, value in self.policy.named_parameters()}
+        return {
+            (block.hf_name, block.hf_rows, block.hf_cols): parameters[block.parameter][
+                slice(*block.rows), slice(*block.cols)
+            ]
+            .float()
+            .numpy()
+            for block in self.blocks
+        }
+
+    def save(self, folder: Path, step: int, **options) -> None:
+        with self.platform.megatron():
+            save_checkpoint(folder, step, self.model, self.optimizer, {"step": step}, **options)
+
+    def load(self, path: Path) -> dict:
+        with self.platform.megatron():
+            return load_checkpoint(path, self.model, self.optimizer)
+
+
+def draw() -> list[float]:
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Weights at the checkpoint and after one more update, and random numbers drawn right after the checkpoint."""
+
+    saved: dict[tuple, np.ndarray]
+    after: dict[tuple, np.ndarray]
+    drawn: list[float]
+
+
+def save_and_go_on(folder: Path, target: Path, layout: dict) -> Outcome:
+    learner = Learner(folder, ParallelConfig(**layout))
+    learner.update(0)
+    learner.update(1)
+    draw()
+    learner.save(target, 2, keep=1)
+    saved, drawn = deepcopy(learner.weights()), draw()
+    learner.update(2)
+    destroy_parallel()
+    return Outcome(saved, learner.weights(), drawn)
+
+
+def resume_and_go_on(folder: Path, target: Path, layout: dict) -> Outcome:
+    learner = Learner(folder, ParallelConfig(**layout))
+    learner.update(5)  # whatever was there before is replaced
+    assert learner.load(latest_checkpoint(target)) == {"step": 2}
+    saved, drawn = deepcopy(learner.weights()), draw()
+    learner.update(2)
+    destroy_parallel()
+    return Outcome(saved, learner.weights(), drawn)
+
+
+LAYOUTS = (
+    ({"tensor": 2, "pipeline": 2}, ({"tensor": 2, "pipeline": 2}, {"tensor": 4}, {"pipeline": 2}, {"tensor": 1})),
+    ({"tensor": 1}, ({"tensor": 1}, {"tensor": 2, "pipeline": 2})),
+    ({"tensor": 2, "distributed_optimizer": False}, ({"tensor": 2, "distributed_optimizer": False},)),
+)
+
+
+def all_layouts(folders: list[Path], target: Path) -> list[tuple[Outcome, list[Outcome]]]:
+    results = []
+    for folder in folders:
+        for index, (saving, loading) in enumerate(LAYOUTS):
+            saved_to = target / folder.name / str(index)
+            before = save_and_go_on(folder, saved_to, saving)
+            results.append((before, [resume_and_go_on(folder, saved_to, layout) for layout in loading]))
+    return results
+
+
+def whole(ranks: list[dict[tuple, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Hugging Face tensors put together from all ranks' rectangles, which agree where they overlap."""
+    extents = defaultdict(lambda: (0, 0))
+    for name, rows, cols in (key for rank in ranks for key in rank):
+        extents[name] = max(extents[name][0], rows[1]), max(extents[name][1], cols[1])
+    tensors = {name: np.full(extent, np.nan, dtype=np.float32) for name, extent in extents.items()}
+    for rank in ranks:
+        for (name, rows, cols), value in rank.items():
+            part = tensors[name][slice(*rows), slice(*cols)]
+            assert np.isnan(part).any() or np.array_equal(part, value), name
+            part[:] = value
+    assert not any(np.isnan(tensor).any() for tensor in tensors.values())
+    return tensors
+
+
+def assert_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], what) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert np.array_equal(actual[name], expected[name]), (what, name)
+
+
+def test_resume_is_bit_exact_at_any_layout(tiny_checkpoint, tmp_path):
+    """Gradients are given, so that even another layout's next update must not differ in a single bit."""
+    folders = [
+        tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=True, text_config={"num_hidden_layers": 3}),
+        tiny_checkpoint("llava", text_config={"num_hidden_layers": 3}),
+    ]
+    by_rank = launch(4, all_layouts, folders, tmp_path)
+    for case, (saving, loading) in enumerate(LAYOUTS * len(folders)):
+        before = [results[case][0] for results in by_rank]
+        saved, after = whole([rank.saved for rank in before]), whole([rank.after for rank in before])
+        assert any(not np.array_equal(saved[name], after[name]) for name in saved)
+        for index, layout in enumerate(loading):
+            resumed = [results[case][1][index] for results in by_rank]
+            assert_equal(whole([rank.saved for rank in resumed]), saved, layout)
+            assert_equal(whole([rank.after for rank in resumed]), after, layout)
+            if layout == saving:
+                assert [rank.drawn for rank in resumed] == [rank.drawn for rank in before]
+
+
+def save_three(folder: Path, target: Path) -> None:
+    learner = Learner(folder, ParallelConfig())
+    for step in (1, 2, 3):
+        learner.update(step)
+        learner.save(target, step, keep=2)
+    destroy_parallel()
+
+
+def loads(folder: Path, target: Path, options: dict) -> str | dict:
+    """What loading the latest checkpoint gives: its extra values, or the message of the UserError."""
+    learner = Learner(folder, ParallelConfig(), **options)
+    try:
+        return learner.load(latest_checkpoint(target))
+    except UserError as error:
+        return str(error)
+    finally:
+        destroy_parallel()
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Foreign:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_only_whole_and_genuine_checkpoints_are_resumed(tiny_checkpoint, tmp_path, one_rank):
+    folder = tiny_checkpoint("qwen2_5_vl")
+    save_three(folder, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000002", "step_000003"]
+    assert loads(folder, tmp_path, {}) == {"step": 3}
+    assert "of another model" in loads(folder, tmp_path, {"freeze_vision": False})
+    assert "of another model" in loads(tiny_checkpoint("llava"), tmp_path, {})
+
+    (tmp_path / "step_000004.tmp").mkdir()  # a save that was killed
+    (tmp_path / "step_000005").mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_000003"
+    shard = next((tmp_path / "step_000003" / "megatron").glob("*.distcp"))
+    whole_bytes = shard.read_bytes()
+    shard.write_bytes(whole_bytes[:-1])  # truncated
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_000002"
+    shard.write_bytes(whole_bytes[:-1] + bytes([whole_bytes[-1] ^ 1]))  # of the right size, one bit off
+    assert f"megatron/{shard.name} is not as it was written" in loads(folder, tmp_path, {})
+    shard.write_bytes(whole_bytes)
+
+    index = tmp_path / "step_000003" / "megatron" / ".metadata"
+    index.write_bytes(pickle.dumps(Foreign()))
+    manifest_path = tmp_path / "step_000003" / "manifest.json"
+    manifest = json.loads(manifest_path.read_text())
+    digest = {"bytes": index.stat().st_size, "sha256": hashlib.sha256(index.read_bytes()).hexdigest()}
+    manifest["files"]["megatron/.metadata"] = digest
+    manifest_path.write_text(json.dumps(manifest))
+    assert ".metadata refers to posix.system" in loads(folder, tmp_path, {})
+    assert latest_checkpoint(tmp_path / "nowhere") is None
