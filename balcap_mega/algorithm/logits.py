@@ -13,7 +13,6 @@ from balcap_mega.algorithm.dispatch import use_kernels
 
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 7 * 2**27}
 CACHE_ELEMENTS = 2**18
-TILE_ROWS = 128
 ROW_ALIGNMENT = 64
 
 
@@ -45,14 +44,14 @@ class HeadShard:
         return min(max(self.vocab_size - self.first_column, 0), self.weight.shape[0])
 
     def chunks(self, rows: int) -> list[slice]:
-        """Even chunks of at most `chunk_bytes` of logits, in whole GEMM tiles where there is room for one."""
+        """Even chunks of at most `chunk_bytes` of logits; a multiple of a large power of two, which GEMMs like."""
         row_bytes = self.weight.shape[0] * self.weight.element_size()
         limit = max((self.chunk_bytes or CHUNK_BYTES[self.weight.device.type]) // row_bytes, 1)
-        limit -= limit % TILE_ROWS if limit > TILE_ROWS else 0
-        size = -(-rows // max(-(-rows // limit), 1))
-        if size > TILE_ROWS:
-            size += -size % TILE_ROWS
-        return [slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1))]
+        multiple = 1 << max(limit.bit_length() - 3, 0)
+        limit -= limit % multiple
+        size = max(-(-rows // max(-(-rows // limit), 1)), 1)
+        size += -size % multiple
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def logits_buffer(self, chunks: list[slice]) -> Tensor:
         """Room for the largest chunk's logits in the weight's dtype, rows aligned for vector loads whatever V is."""
