@@ -1,10 +1,12 @@
 """How an entry point ends when its user's input is wrong: one line, exit status 2."""
 
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from balcap_mega.errors import UserError
 
@@ -24,5 +26,9 @@ def exit_on_user_error() -> Iterator[None]:
         rank = int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(RANK_0_SPEAKS_FIRST)
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        message = f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}"
+        print(message, file=sys.stderr, flush=True)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own account with what stands here
+            content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+            Path(file).write_text(json.dumps(content), encoding="utf-8")
         sys.exit(2)

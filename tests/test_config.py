@@ -143,3 +143,15 @@ def test_entry_point_exit(rank, error, status, said):
     )
     assert done.returncode == status
     assert done.stderr == said if status == 2 else done.stderr.startswith(said)
+
+
+def test_torchrun_closes_with_the_error(tmp_path):
+    """torchrun prints a page about a failed rank: its last lines must say what the user did wrong."""
+    (tmp_path / "entry.py").write_text(SCRIPT.format(error="UserError('seed=x is refused', remedy='give a number')"))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "entry.py")]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "error: seed=x is refused — give a number" in done.stderr.splitlines()
+    *_, status, _, closing, _ = done.stderr.strip().splitlines()
+    assert "exitcode  : 2" in status
+    assert closing.endswith("error: seed=x is refused — give a number")
