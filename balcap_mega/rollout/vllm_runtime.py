@@ -32,7 +32,20 @@ def import_vllm() -> ModuleType:
     if current_platform.is_cpu():
         # The sampler's one compiled helper, a comparison and a sum, would cost ten seconds of C++ compilation.
         type(current_platform).simple_compile_backend = "eager"
+        _use_gloo_instead_of_shared_memory()
     return vllm
+
+
+def _use_gloo_instead_of_shared_memory() -> None:
+    """Keep tensor-parallel engines on a CPU from meeting in shared memory, as vLLM would have them do.
+
+    Every engine under an external launcher gives that memory one and the same name: two jobs on a machine collide, and
+    a killed job leaves it behind for the next to fail on. Where ranks disagree on the name vLLM turns to the process
+    group, which is as fast for models that a CPU can train, and does not spin.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: str(os.getpid()))
 
 
 @contextmanager

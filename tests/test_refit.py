@@ -1,0 +1,193 @@
+"""Resharding of a Megatron policy into real vLLM engines: afterwards the engine's logprobs are the new weights'."""
+
+import gc
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from transformers import AutoModelForImageTextToText
+from vllm.distributed.parallel_state import destroy_model_parallel
+
+from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.policy import build_policy
+from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.refit import build_refit
+from balcap_mega.rollout.refit.transfer import RefitError
+from tests.distributed import _rank_main, free_port, launch
+from tests.policy_cases import load_state
+from tests.rollout_cases import largest_difference, make_prompts
+
+TOLERANCE = 1e-4
+BUCKET_BYTES = 2**19  # several buckets, and tensors cut by them
+
+
+def make_engine(folder, tensor_parallel: int, verify: bool = True) -> RolloutEngine:
+    config = RolloutConfig(
+        group_size=2, max_tokens=12, max_model_len=512, tensor_parallel=tensor_parallel, verify_refit=verify,
+        timeout_seconds=60,
+    )  # fmt: skip
+    return RolloutEngine(folder, config, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+
+
+def new_weights(folder, seed: int):
+    """transformers' model with weights that the engine has not seen."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    return model
+
+
+def make_policy(folder, tensor: int, pipeline: int, *, freeze_vision: bool = False):
+    """The policy at that layout, and the layout's config."""
+    platform, parallel = Platform.resolve("cpu"), ParallelConfig(tensor=tensor, pipeline=pipeline, device="cpu")
+    destroy_parallel()
+    initialize_parallel(parallel, platform)
+    model = ModelConfig(path=str(folder), dtype="float32", freeze_vision=freeze_vision)
+    return build_policy(Architecture.from_folder(folder), model, parallel, platform), parallel
+
+
+def check_refit(folder, engine, tensor, pipeline, seed):
+    """Refit new weights and compare logprobs, with images the engine has seen before under the old ones."""
+    model, prompts = new_weights(folder, seed), make_prompts(2)
+    policy, parallel = make_policy(folder, tensor, pipeline)
+    load_state(policy, model.state_dict())
+    refit = build_refit(policy, engine, parallel, bucket_bytes=BUCKET_BYTES)
+    report = refit.run()
+    assert report.received_bytes == report.lower_bound_bytes
+    assert report.buckets > 2 and report.buffer_bytes <= 2 * BUCKET_BYTES
+    groups = engine.sample(prompts, step=seed)
+    assert largest_difference(model, folder, engine, prompts, groups) < TOLERANCE
+    return refit, report
+
+
+def one_rank(folders):
+    for folder in folders:
+        engine = make_engine(folder, 1)
+        engine.sample(make_prompts(2), step=0)
+        _, report = check_refit(folder, engine, 1, 1, seed=1)
+        assert report.sent_bytes == report.received_bytes == 0 and min(report.seconds.values()) >= 0
+        check_frozen_vision(folder, engine)
+    check_wrong_checksum(folder, engine)
+
+
+def check_frozen_vision(folder, engine):
+    """Frozen weights are not sent: the engine keeps its own (those of seed 1), only the language model is new."""
+    model, prompts = new_weights(folder, 2), make_prompts(2)
+    policy, parallel = make_policy(folder, 1, 1, freeze_vision=True)
+    load_state(policy, model.state_dict())
+    build_refit(policy, engine, parallel).run()
+    kept = new_weights(folder, 1).state_dict()
+    is_vision = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
+    model.load_state_dict({name: kept[name] for name in kept if name.startswith(is_vision)}, strict=False)
+    groups = engine.sample(prompts, step=2)
+    assert largest_difference(model, folder, engine, prompts, groups) < TOLERANCE
+
+
+def check_wrong_checksum(folder, engine):
+    policy, parallel = make_policy(folder, 1, 1)
+    refit = build_refit(policy, engine, parallel, bucket_bytes=BUCKET_BYTES)
+    as_sent = refit._expected_checksums
+    refit._expected_checksums = lambda bucket: as_sent(bucket) + torch.eye(1, 2, dtype=torch.int64)
+    with pytest.raises(RefitError, match=r"rank 0 in phase transfer, bucket 1 of \d+: .*not what the trainer sent"):
+        refit.run()
+
+
+def several_ranks(cases):
+    """cases: (folder, vLLM tensor parallelism, [(Megatron tensor, pipeline), ...]); one engine a case."""
+    for folder, engine_tensor, layouts in cases:
+        destroy_model_parallel()  # vLLM's groups alone: the next engine has others
+        engine = make_engine(folder, engine_tensor)
+        engine.sample(make_prompts(2), step=0)
+        for seed, (tensor, pipeline) in enumerate(layouts, start=1):
+            check_refit(folder, engine, tensor, pipeline, seed)
+        del engine
+        gc.collect()
+        torch.distributed.barrier()  # the trainer's groups outlive an engine
+
+
+class DeafEngine:
+    """Stands where the engine would in tests of what goes wrong between ranks: takes every bucket, writes nothing."""
+
+    device, dtype, vision_data_parallel = torch.device("cpu"), torch.float32, False
+    config = RolloutConfig(timeout_seconds=2)
+
+    @property
+    def llm(self):
+        return self
+
+    def collective_rpc(self, method, kwargs=None):
+        return [0.0]
+
+    def wake_weights(self):
+        pass
+
+    wake_cache = reset_caches = wake_weights
+
+
+def silent_rank(folder, dies):
+    """Rank 1 stalls, or is killed, on its way to the second bucket. Returns the error that the others see."""
+    policy, parallel = make_policy(folder, 1, torch.distributed.get_world_size())
+    refit = build_refit(policy, DeafEngine(), parallel, bucket_bytes=BUCKET_BYTES)
+    refit.run()
+    if torch.distributed.get_rank() == 1:
+        launch_bucket = refit._launch
+
+        def silent(number, bucket, buffer):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGKILL) if dies else time.sleep(5)
+            return launch_bucket(number, bucket, buffer)
+
+        refit._launch = silent
+    start = time.monotonic()
+    with pytest.raises(RefitError) as error:
+        refit.run()
+    assert time.monotonic() - start < 10
+    return str(error.value)
+
+
+def test_refit_on_one_rank(tiny_checkpoint):
+    launch(1, one_rank, [tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=True), tiny_checkpoint("llava")])
+
+
+def test_refit_between_layouts_on_two_ranks(tiny_checkpoint):
+    qwen, tied, llava = (
+        tiny_checkpoint("qwen2_5_vl"),
+        tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=True),
+        tiny_checkpoint("llava"),
+    )
+    launch(2, several_ranks, [(qwen, 1, [(1, 1), (2, 1), (1, 2)]), (tied, 2, [(1, 2), (2, 1)]), (llava, 2, [(1, 2)])])
+
+
+def test_refit_between_layouts_on_four_ranks(tiny_checkpoint):
+    folder = tiny_checkpoint("qwen2_5_vl")
+    launch(4, several_ranks, [(folder, 1, [(2, 2)]), (folder, 2, [(2, 2), (1, 2)])])
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_silent_rank_stops_all_ranks_with_phase_and_bucket(tiny_checkpoint, dies):
+    """A collective ends for the ranks that have all their parts: with three of them, all wait for the silent one."""
+    context = multiprocessing.get_context("spawn")
+    results, port = context.Queue(), free_port()
+    arguments = (3, port, silent_rank, (tiny_checkpoint("qwen2_5_vl"), dies), results)
+    ranks = [context.Process(target=_rank_main, args=(rank, *arguments)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    try:
+        for _ in range(2 if dies else 3):
+            rank, message, error = results.get(timeout=120)
+            assert error is None, error
+            bucket = r"\d+" if rank == 1 else "[12]"  # the sleeper finds what the others had sent before they gave up
+            assert re.match(rf"refit stopped on rank {rank} in phase transfer, bucket {bucket} of \d+: ", message)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()

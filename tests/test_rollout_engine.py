@@ -1,0 +1,119 @@
+"""The real vLLM engine in this process, and over two ranks: logprobs, seeds, banned tokens, callbacks, replicas."""
+
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from balcap_mega.config.schema import RolloutConfig
+from balcap_mega.rollout.engine import RolloutEngine, request_seed
+from balcap_mega.rollout.replicas import Replica
+from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
+from tests.distributed import launch
+from tests.rollout_cases import largest_difference, make_prompts, reference_logits
+
+TOLERANCE = 1e-4
+FAMILIES = ["qwen2_5_vl", "llava"]
+
+
+def make_engine(folder, **options) -> RolloutEngine:
+    config = RolloutConfig(**{"group_size": 4, "max_tokens": 16, "max_model_len": 512, "temperature": 0.7} | options)
+    return RolloutEngine(folder, config, device=torch.device("cpu"), dtype=torch.float32, seed=3)
+
+
+def load(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def token_ids(groups):
+    return [[rollout.token_ids for rollout in group.rollouts] for group in groups]
+
+
+def check_one_rank(folders):
+    """Everything that one engine on one rank promises, in one process to load vLLM once."""
+    for folder in folders:
+        set_num_threads, generator = torch.set_num_threads, torch.get_rng_state()
+        engine, prompts, model = make_engine(folder), make_prompts(10), load(folder)
+
+        finished, busy = {}, []
+
+        def on_finished(record_index, number, rollout, engine=engine, finished=finished, busy=busy):
+            finished[record_index, number] = rollout
+            busy.append(engine.llm.has_unfinished_requests())
+
+        groups = engine.sample(prompts, step=5, on_finished=on_finished)
+        assert largest_difference(model, folder, engine, prompts, groups) < TOLERANCE
+        assert finished == {(g.record_index, n): r for g in groups for n, r in enumerate(g.rollouts)}
+        assert len(finished) == 40 and any(busy)  # captions are handed out while others still generate
+
+        # Seeds: the same again, also in other company; another step, another draw; members differ.
+        assert token_ids(engine.sample(prompts, step=5)) == token_ids(groups)
+        assert token_ids(engine.sample(prompts[6:3:-1], step=5)) == token_ids(groups[6:3:-1])
+        assert token_ids(engine.sample(prompts, step=6)) != token_ids(groups)
+        assert all(len(set(group)) > 1 for group in token_ids(groups))
+
+        # Of some 380 tokens that a random model finds about equally likely, none of the media tokens in hundreds drawn.
+        banned = set(engine.processor.banned_token_ids)
+        assert engine.processor._config.image_token_id in banned
+        drawn = list(chain.from_iterable(chain.from_iterable(token_ids(groups))))
+        assert len(drawn) > 300 and not banned.intersection(drawn)
+        ends = engine.processor.eos_token_ids
+        for rollout in finished.values():
+            assert rollout.finished == (rollout.token_ids[-1] in ends) and (
+                rollout.finished or len(rollout.token_ids) == 16
+            )
+
+        for prompt, group in zip(prompts[:3], engine.greedy(prompts[:3]), strict=True):
+            (logits,) = reference_logits(model, folder, engine, prompt, group)
+            logits[:, list(banned)] = -torch.inf
+            assert group.rollouts[0].token_ids == tuple(logits.argmax(-1).tolist())
+
+        engine.config = engine.config.model_copy(update={"timeout_seconds": 0})
+        with pytest.raises(TimeoutError, match=r"still waiting for 3 records \(100, 107, 114\)"):
+            engine.sample(prompts[:3], step=5)
+        engine.config = engine.config.model_copy(update={"timeout_seconds": 60})
+        assert token_ids(engine.sample(prompts[:3], step=5)) == token_ids(groups[:3])
+
+        assert torch.set_num_threads is set_num_threads and torch.equal(torch.get_rng_state(), generator)
+
+
+def check_two_ranks(folders):
+    """Tensor-parallel engines; both ranks must see the same captions."""
+    seen = []
+    for folder in folders:
+        engine, prompts = make_engine(folder, tensor_parallel=2, temperature=1.0), make_prompts(4)
+        groups = engine.sample(prompts, step=0)
+        assert largest_difference(load(folder), folder, engine, prompts, groups) < TOLERANCE
+        seen.append(token_ids(groups))
+    return seen
+
+
+def test_engine_on_one_rank(tiny_checkpoint):
+    launch(1, check_one_rank, [tiny_checkpoint(family) for family in FAMILIES])
+
+
+def test_engine_over_two_ranks(tiny_checkpoint):
+    first, second = launch(2, check_two_ranks, [tiny_checkpoint(family) for family in FAMILIES])
+    assert first == second
+
+
+def exchange_rollouts(tensor_parallel):
+    replica = Replica.current(tensor_parallel)
+    gathered = []
+    for prompts in (range(7), range(1)):
+        mine = [RolloutGroup(n, (n,), (Rollout((n,), (-0.5,), str(n), True),)) for n in replica.shard(prompts)]
+        gathered.append([group.record_index for group in replica.gather(mine)])
+    return gathered
+
+
+@pytest.mark.parametrize("world,tensor_parallel", [(2, 1), (4, 2)])
+def test_every_rank_gets_all_rollouts_in_order(world, tensor_parallel):
+    assert launch(world, exchange_rollouts, tensor_parallel) == [[[*range(7)], [0]]] * world
+
+
+def test_request_seeds_are_far_apart():
+    seeds = {request_seed(run, step, record) for run in range(3) for step in range(20) for record in range(50)}
+    ordered = sorted(seeds)
+    assert len(seeds) == 3000 and max(seeds) < 2**62
+    assert min(b - a for a, b in pairwise(ordered)) > 1000  # a group's members take the numbers that follow
