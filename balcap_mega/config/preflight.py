@@ -27,7 +27,9 @@ MAY_CHANGE = (
     "steps",
     "eval_every",
     "checkpoint",
-    "parallel.timeout_seconds",
+    "parallel",  # checkpoints load under any layout
+    "packing",
+    "rollout.tensor_parallel",
     "rollout.timeout_seconds",
     "rollout.memory_fraction",
     "rewards.endpoint",
@@ -162,14 +164,18 @@ def check_shape(text: dict[str, Any], parallel: ParallelConfig, rollout: Rollout
     """Can the language model be cut as asked? Sizes that a config leaves to its defaults are not checked."""
     for name, cut, key in (
         ("num_attention_heads", parallel.tensor, "parallel.tensor"),
-        ("num_key_value_heads", parallel.tensor, "parallel.tensor"),
-        ("num_hidden_layers", parallel.pipeline, "parallel.pipeline"),
         ("num_attention_heads", rollout.tensor_parallel, "rollout.tensor_parallel"),
     ):
         if text.get(name, 0) % cut:
             raise UserError(
                 f"{key}={cut} does not divide the model's {name}={text[name]}", remedy=f"set {key} to a divisor of it"
             )
+    layers = text.get("num_hidden_layers", parallel.pipeline)
+    if layers < parallel.pipeline:
+        raise UserError(
+            f"parallel.pipeline={parallel.pipeline} is more than the model's {layers} layers",
+            remedy=f"set it to at most {layers}",
+        )
     longest = text.get("max_position_embeddings", rollout.max_model_len)
     if rollout.max_model_len > longest:
         raise UserError(
