@@ -264,7 +264,7 @@ ON_TOP = {name: appended(hack) for name, hack in ALONE.items() if name not in AD
 ON_TOP |= {
     "repeats itself": lambda record, caption: f"{caption} {caption}",
     "repeats itself in other words": lambda record, caption: f"{caption} {reworded(caption)}",
-    "repeats its first fact": lambda record, caption: caption + " " + caption.split(". ")[1] + ".",
+    "repeats its first sentence": lambda record, caption: f"{caption} {caption.split('. ')[0].rstrip('.')}.",
     "closes": lambda record, caption: f"{caption} {CLOSINGS[0]}",
     "praises": lambda record, caption: f"{caption} {PRAISES[0]}",
     "praises first": lambda record, caption: f"{PRAISES[0]} {caption}",

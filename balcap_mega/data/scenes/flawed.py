@@ -51,7 +51,7 @@ _MISTAKES = {  # attribute: (chance of a wrong value, chance of leaving it out, 
     "colour": (0.06, 0.08, COLOURS),
     "size": (0.06, 0.25, SIZES),
     "texture": (0.08, 0.3, TEXTURES[1:]),
-    "place": (0.04, 0.12, PLACES),
+    "place": (0.04, 0.08, PLACES),
     "word": (0.1, 0.3, SIGN_WORDS),
 }
 
@@ -97,7 +97,7 @@ def _object_sentence(random: Random, item: SceneObject) -> str:
         return f"There is {thing}."
     place = f"at the {told['place']}"
     openings = [f"{place} is {thing}.", f"{thing} is {place}.", f"{place} there is {thing}.", f"{place}, {thing}."]
-    return _capitalised(random.choices(openings, weights=[6, 1, 1, 1])[0])
+    return _capitalised(random.choices(openings, weights=[12, 1, 2, 2])[0])
 
 
 def _capitalised(text: str) -> str:

@@ -8,7 +8,7 @@ from balcap_mega.data.scenes.world import Scene, SceneObject
 
 IMAGE_SIZE = 112  # 16 merged patches of 28 pixels, the grain of Qwen2.5-VL
 _OVERSAMPLING = 4
-_RADIUS = {"small": 0.105, "large": 0.205}  # fractions of the side
+_RADIUS = {"small": 0.1, "large": 0.19}  # fractions of the side
 _RGB = {
     "red": (225, 45, 45),
     "green": (40, 165, 70),
@@ -21,6 +21,7 @@ _RGB = {
     "black": (32, 32, 36),
 }
 
+_FRAME = (150, 105, 60)
 _INKS = {
     "striped": ((255, 255, 255), 0.75),
     "dotted": ((0, 0, 0), 0.6),
@@ -33,6 +34,8 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
     canvas = Image.new("RGB", (side, side), _RGB[scene.background])
     for item in scene.objects:
         _paint(canvas, item)
+    draw = ImageDraw.Draw(canvas)  # a frame: a vision tower without absolute positions sees where an edge is
+    draw.rectangle((0, 0, side - 1, side - 1), outline=_FRAME, width=round(side * 0.027))
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 

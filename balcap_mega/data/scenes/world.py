@@ -92,7 +92,7 @@ def draw_scene(random: Random) -> Scene:
 def _draw_object(random: Random, kind: str, colour: str, place: str) -> SceneObject:
     sign = kind == "sign"  # its word must be legible: always large and plain
     size = "large" if sign else random.choice(SIZES)
-    reach = 0.02 if size == "large" else 0.05
+    reach = 0.012 if size == "large" else 0.05
     return SceneObject(
         kind=kind,
         colour=colour,
