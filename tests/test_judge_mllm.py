@@ -1,6 +1,8 @@
 """The MLLM judge against a real local HTTP server."""
 
+import json
 import logging
+import re
 import threading
 import time
 
@@ -21,11 +23,11 @@ from tests.judge_server import Fault, JudgeServer, RuleJudge, user_data
 REFERENCE = "There is a red car. A dog sits on the car. The sky is blue."
 TRUTHS = ("There is a red car", "A dog sits on the car", "The sky is blue", "The photo has depth")
 CAPTION = "There is a red car. The car is green. The photo has depth. A dog sits on the car."
-FAILURE_SECONDS = 30  # no test waits longer for a judgement
+FAILURE_SECONDS = 60  # no test waits longer for a judgement
 
 
 def endpoint(server: JudgeServer, **changes) -> JudgeEndpoint:
-    return JudgeEndpoint(base_url=server.base_url, model="judge", **{"timeout_seconds": 5, **changes})
+    return JudgeEndpoint(base_url=server.base_url, model="judge", **{"timeout_seconds": 30, **changes})
 
 
 def make_judge(server: JudgeServer, cache_dir=None, component_endpoints=None, **changes) -> MllmJudge:
@@ -161,7 +163,7 @@ def test_the_key_comes_from_the_environment_and_is_not_logged(server, monkeypatc
 
 
 FAULTS = {
-    "timeout": Fault(stall=3),
+    "timeout": Fault(stall=10),
     "connection": Fault(hang_up=True),
     "http_429": Fault(status=429, headers={"retry-after": "0"}),
     "http_500": Fault(status=500),
@@ -187,7 +189,7 @@ OFF_SCHEMA = [
 
 @pytest.mark.parametrize("reason", FAULTS)
 def test_a_passing_fault_is_retried(server, reason):
-    judge = make_judge(server, timeout_seconds=1)
+    judge = make_judge(server, timeout_seconds=1 if reason == "timeout" else 30)
     server.faults["language"] = [FAULTS[reason]] * 2
     assert judged(judge, CAPTION).linguistic == pytest.approx(0.9)
     assert judge.report().retries == {reason: 2} and not judge.report().failures
@@ -196,7 +198,7 @@ def test_a_passing_fault_is_retried(server, reason):
 
 @pytest.mark.parametrize("reason", FAULTS)
 def test_a_lasting_fault_makes_only_its_component_missing(server, reason, caplog):
-    judge = make_judge(server, timeout_seconds=1, max_retries=1)
+    judge = make_judge(server, timeout_seconds=1 if reason == "timeout" else 30, max_retries=1)
     server.faults["language"] = [FAULTS[reason]] * 2
     judgement = judged(judge, CAPTION)
     assert judgement.components() == pytest.approx({"precision": 0.5, "recall": 2 / 3, "linguistic": None})
@@ -216,6 +218,35 @@ def test_scores_out_of_range_or_of_another_shape_are_never_used(server, content)
     server.faults["language"] = [Fault(content=content)]
     assert judged(judge, CAPTION).linguistic is None
     judge.close()
+
+
+@pytest.mark.parametrize(
+    ("question", "content"),
+    [
+        ("split", '{"assertions": [{"text": " ", "quote": ""}]}'),
+        ("split", json.dumps({"assertions": [{"text": "x", "quote": "x"}] * 129})),
+        ("units", '{"units": []}'),
+        ("units", '{"units": [""]}'),
+        ("cover", '{"1": {"covered": true}}'),
+        ("verify", '{"1": {"pointable": true, "correct": 1}}'),
+    ],
+)
+def test_replies_that_are_blank_endless_or_incomplete_are_never_used(server, question, content):
+    judge = make_judge(server, max_retries=0)
+    server.faults[question] = [Fault(content=content)]
+    judged(judge, CAPTION)
+    assert judge.report().failures == {"off_schema": 1}
+    judge.close()
+
+
+def test_schemas_use_only_what_hosted_strict_modes_take(judge, server):
+    judged(judge, CAPTION)
+    for _, body in server.requests:
+        schema = body["response_format"]["json_schema"]["schema"]
+        for part in [schema, *schema.get("$defs", {}).values()]:
+            assert part["type"] == "object" and part["additionalProperties"] is False
+            assert part["required"] == list(part["properties"])
+        assert not {"minLength", "maxLength", "pattern", "default"} & set(re.findall(r"\w+", json.dumps(schema)))
 
 
 @pytest.mark.parametrize("question", ["split", "verify", "units", "cover"])

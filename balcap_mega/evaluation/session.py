@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from balcap_mega.errors import UserError
 from balcap_mega.rewards.mllm.client import ChatClient, ClientCounters, RequestFailed
+from balcap_mega.rewards.mllm.judge import JudgeReport
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -114,7 +115,9 @@ class Spending:
     dollars: float | None = None
 
     @classmethod
-    def of(cls, counters: ClientCounters, prompt_price: float | None, completion_price: float | None) -> "Spending":
+    def of(
+        cls, counters: ClientCounters | JudgeReport, prompt_price: float | None, completion_price: float | None
+    ) -> "Spending":
         dollars = None
         if prompt_price is not None and completion_price is not None:
             spent = counters.prompt_tokens * prompt_price + counters.completion_tokens * completion_price

@@ -172,7 +172,7 @@ class MllmJudge:
     async def _reference_units(self, reference: str) -> tuple[str, ...]:
         async def extract():
             reply = await self._ask("recall", questions.units(reference))
-            return tuple(dict.fromkeys(unit.strip() for unit in reply.units if unit.strip()))
+            return tuple(dict.fromkeys(unit.strip() for unit in reply.units))
 
         return await self._units.get(reference, extract)
 

@@ -15,7 +15,7 @@ from importlib.resources import files
 from typing import Annotated, Any, Generic, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from balcap_mega.rewards.mllm.client import Completion, Unusable, usable_text
 
@@ -31,8 +31,18 @@ class ReplyModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("blank")
+    return text
+
+
+# Checked here and not by the schema: hosted APIs refuse schemas that bound the length of a string.
+Sentence = Annotated[str, AfterValidator(_not_blank)]
+
+
 class QuotedAssertion(ReplyModel):
-    text: Annotated[str, Field(min_length=1)]
+    text: Sentence
     quote: str
 
 
@@ -41,7 +51,7 @@ class Split(ReplyModel):
 
 
 class Units(ReplyModel):
-    units: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_ASSERTIONS)]
+    units: Annotated[list[Sentence], Field(min_length=1, max_length=MOST_ASSERTIONS)]
 
 
 class Grades(ReplyModel):
