@@ -74,6 +74,11 @@ def check_batch(config: RunConfig, world_size: int) -> None:
             f"{data_parallel} x optimizer.updates_per_step={updates}",
             remedy=f"set rollout.prompts_per_step to a multiple of {data_parallel * updates}",
         )
+    if config.warmup.steps and config.warmup.batch_size % data_parallel:
+        raise UserError(
+            f"warmup.batch_size={config.warmup.batch_size} cannot be shared evenly by data-parallel size {data_parallel}",
+            remedy=f"set warmup.batch_size to a multiple of {data_parallel}",
+        )
     if rollout.prompts_per_step % replicas:
         raise UserError(
             f"rollout.prompts_per_step={rollout.prompts_per_step} cannot be shared evenly by the {replicas} engines "

@@ -54,16 +54,24 @@ class PromptProcessor:
 
     def __call__(self, record: CaptionRecord) -> ProcessedPrompt:
         """Tokens, positions and pixels of the record's prompt."""
+        return self.many([record])[0]
+
+    def many(self, records: Sequence[CaptionRecord]) -> list[ProcessedPrompt]:
+        """The same for several records in one call of the processor, whose own work is most of the time."""
         inputs = self._processor(
-            text=[self.prompt_text(record.prompt)], images=[record.image.convert("RGB")], return_tensors="pt"
+            text=[self.prompt_text(record.prompt) for record in records],
+            images=[record.image.convert("RGB") for record in records],
         )
-        token_ids = inputs["input_ids"][0]
-        grid = inputs.get("image_grid_thw")
-        return ProcessedPrompt(
-            prompt_token_ids=tuple(token_ids.tolist()),
-            position_ids=self.position_ids(token_ids, grid),
-            vision=VisionInputs(inputs["pixel_values"], grid),
-        )
+        pixels, grids = inputs["pixel_values"], inputs.get("image_grid_thw")
+        if grids is None:
+            images = [VisionInputs(image[None]) for image in pixels]
+        else:
+            images = [VisionInputs(*image) for image in zip(pixels.split(grids.prod(dim=1).tolist()), grids.split(1))]
+        token_ids = [torch.tensor(row) for row in inputs["input_ids"]]
+        return [
+            ProcessedPrompt(tuple(row.tolist()), self.position_ids(row, image.image_grid_thw), image)
+            for row, image in zip(token_ids, images, strict=True)
+        ]
 
     def prompt_text(self, prompt: str) -> str:
         """The chat template's text with one unexpanded image placeholder: what vLLM is given beside the image."""

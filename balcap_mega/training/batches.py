@@ -89,29 +89,34 @@ class BatchBuilder:
             return prompt
 
         bounds = [len(groups) * update // updates for update in range(updates + 1)]
+        shards = (self.layout.data_rank, self.layout.data_size)
         packed = [
-            self._pack(range(start, stop), prefixes, captions, process, values) for start, stop in pairwise(bounds)
+            self._pack(range(start, stop), prefixes, captions, process, values, shards=shards)
+            for start, stop in pairwise(bounds)
         ]
         return Batches(tuple(rows for rows, _ in packed), tuple(plan for _, plan in packed))
 
     def supervised(self, records: Sequence[CaptionRecord], targets: Sequence[str]) -> tuple[Microbatch, ...]:
-        """One caption a record, its end-of-sequence token included, to be imitated."""
-        processed = [self.processor(record) for record in records]
+        """One caption a record, to be imitated; the records are this data-parallel rank's own share."""
+        processed = self.processor.many(records)
         captions = [[self.processor.encode_caption(target)] for target in targets]
         values = SequenceValues(torch.zeros(len(records)), [[0.0] * len(tokens) for [tokens] in captions])
         prefixes = [len(prompt.prompt_token_ids) for prompt in processed]
-        return self._pack(range(len(records)), prefixes, captions, processed.__getitem__, values)[0]
+        return self._pack(range(len(records)), prefixes, captions, processed.__getitem__, values, shards=(0, 1))[0]
 
-    def _pack(self, numbers, prefixes, captions, process, values) -> tuple[tuple[Microbatch, ...], PackingPlan]:
+    def _pack(
+        self, numbers, prefixes, captions, process, values, *, shards: tuple[int, int]
+    ) -> tuple[tuple[Microbatch, ...], PackingPlan]:
+        """Pack the groups `numbers` over shards[1] ranks and build the rows of rank shards[0]."""
         plan = plan_rows(
             [GroupLengths(prefixes[n], tuple(map(len, captions[n]))) for n in numbers],
             row_tokens=self.config.row_tokens,
             hidden_size=self.hidden_size,
-            data_size=self.layout.data_size,
+            data_size=shards[1],
             pad_to=self.pad_to,
             shared_prefix=self.config.shared_prefix,
         )
-        rows = plan.rows[self.layout.data_rank]
+        rows = plan.rows[shards[0]]
         mine = sorted({piece.group for row in rows for piece in row})
         processed = {number: process(numbers[number]) for number in mine}
         first = _first_sequences(captions)

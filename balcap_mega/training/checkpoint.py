@@ -74,7 +74,7 @@ def save_checkpoint(
         _sharded_state(model, optimizer, is_loading=False),
         str(partial / "megatron"),
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-        content_metadata=CONTENT,
+        content_metadata=dict(CONTENT),
     )
     torch.distributed.barrier()
     names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
@@ -133,10 +133,11 @@ def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: Chain
 
 
 def _sharded_state(model: DistributedDataParallel, optimizer: ChainedOptimizer, *, is_loading: bool) -> dict:
-    weights = model.module.sharded_state_dict(metadata=CONTENT)
+    metadata = dict(CONTENT)  # Megatron adds this layout's groups to it
+    weights = model.module.sharded_state_dict(metadata=metadata)
     return {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=CONTENT),
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
     }
 
 

@@ -36,7 +36,7 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
         _paint(canvas, item)
     draw = ImageDraw.Draw(canvas)  # a frame: a vision tower without absolute positions sees where an edge is
     draw.rectangle((0, 0, side - 1, side - 1), outline=_FRAME, width=round(side * 0.027))
-    return canvas.resize((size, size), Image.Resampling.LANCZOS)
+    return canvas.reduce(_OVERSAMPLING)
 
 
 def _paint(canvas: Image.Image, item: SceneObject) -> None:
