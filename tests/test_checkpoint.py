@@ -121,20 +121,21 @@ def resume_and_go_on(folder: Path, target: Path, layout: dict) -> Outcome:
     return Outcome(saved, learner.weights(), drawn)
 
 
-LAYOUTS = (
-    ({"tensor": 2, "pipeline": 2}, ({"tensor": 2, "pipeline": 2}, {"tensor": 4}, {"pipeline": 2}, {"tensor": 1})),
-    ({"tensor": 1}, ({"tensor": 1}, {"tensor": 2, "pipeline": 2})),
-    ({"tensor": 2, "distributed_optimizer": False}, ({"tensor": 2, "distributed_optimizer": False},)),
+TIED = {"family": "qwen2_5_vl", "tie_word_embeddings": True, "text_config": {"num_hidden_layers": 3}}
+LLAVA = {"family": "llava", "text_config": {"num_hidden_layers": 3}}
+# Which checkpoint is saved at which layout, and at which ones it is resumed.
+CASES = (
+    (TIED, {"tensor": 2, "pipeline": 2}, ({"tensor": 2, "pipeline": 2}, {"tensor": 4}, {"pipeline": 2})),
+    (LLAVA, {"tensor": 1}, ({"tensor": 1}, {"tensor": 2, "pipeline": 2})),
+    (LLAVA, {"tensor": 2, "distributed_optimizer": False}, ({"tensor": 2, "distributed_optimizer": False},)),
 )
 
 
-def all_layouts(folders: list[Path], target: Path) -> list[tuple[Outcome, list[Outcome]]]:
+def all_cases(folders: list[Path], target: Path) -> list[tuple[Outcome, list[Outcome]]]:
     results = []
-    for folder in folders:
-        for index, (saving, loading) in enumerate(LAYOUTS):
-            saved_to = target / folder.name / str(index)
-            before = save_and_go_on(folder, saved_to, saving)
-            results.append((before, [resume_and_go_on(folder, saved_to, layout) for layout in loading]))
+    for index, (folder, (_, saving, loading)) in enumerate(zip(folders, CASES, strict=True)):
+        before = save_and_go_on(folder, target / str(index), saving)
+        results.append((before, [resume_and_go_on(folder, target / str(index), layout) for layout in loading]))
     return results
 
 
@@ -161,12 +162,9 @@ def assert_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray],
 
 def test_resume_is_bit_exact_at_any_layout(tiny_checkpoint, tmp_path):
     """Gradients are given, so that even another layout's next update must not differ in a single bit."""
-    folders = [
-        tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=True, text_config={"num_hidden_layers": 3}),
-        tiny_checkpoint("llava", text_config={"num_hidden_layers": 3}),
-    ]
-    by_rank = launch(4, all_layouts, folders, tmp_path)
-    for case, (saving, loading) in enumerate(LAYOUTS * len(folders)):
+    folders = [tiny_checkpoint(**options) for options, _, _ in CASES]
+    by_rank = launch(4, all_cases, folders, tmp_path)
+    for case, (_, saving, loading) in enumerate(CASES):
         before = [results[case][0] for results in by_rank]
         saved, after = whole([rank.saved for rank in before]), whole([rank.after for rank in before])
         assert any(not np.array_equal(saved[name], after[name]) for name in saved)
