@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from balcap_mega.config.schema import ModelConfig, ParallelConfig
+from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.checkpoint_files import check_checkpoint
@@ -18,8 +18,10 @@ from balcap_mega.models.checkpoint_io import export_checkpoint, import_checkpoin
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
+from balcap_mega.rollout.engine import RolloutEngine
 from tests.distributed import launch
 from tests.policy_cases import expected_shard
+from tests.rollout_cases import largest_difference, make_prompts
 
 SHARD_BYTES = 200_000
 LAYOUTS = ({"tensor": 1}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}, {"tensor": 4})
@@ -98,6 +100,24 @@ def test_round_trip_is_bit_exact_for_transformers(case, exported):
         assert model.state_dict().keys() == expected.keys()
         for name, value in model.state_dict().items():
             assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), (layout, name)
+
+
+def differences_of_vllm(pairs: list[tuple[Path, Path]]) -> list[float]:
+    """Largest difference between vLLM's logprobs from each export and those of transformers from its source."""
+    worst = []
+    for source, exported in pairs:
+        config = RolloutConfig(group_size=2, max_tokens=8, max_model_len=512)
+        engine = RolloutEngine(exported, config, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+        prompts = make_prompts(2)
+        model = AutoModelForImageTextToText.from_pretrained(source)
+        worst.append(largest_difference(model, source, engine, prompts, engine.sample(prompts, step=0)))
+    return worst
+
+
+def test_vllm_serves_what_was_exported(exported):
+    layout = exported_name({"tensor": 2, "pipeline": 2})
+    [worst] = launch(1, differences_of_vllm, [(source, target / layout) for source, target in exported.values()])
+    assert max(worst) < 1e-4, dict(zip(exported, worst, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
