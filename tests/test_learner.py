@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 
 from balcap_mega.algorithm.batch import Advantages
+from balcap_mega.algorithm.metrics import PolicyMetrics
+from balcap_mega.algorithm.policy_loss import PolicyLoss
 from balcap_mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.processing import PromptProcessor
@@ -76,6 +78,30 @@ def test_fused_and_plain_heads_train_alike(tiny_checkpoint, layout):
         weights.append(dict(learner.policy.named_parameters()))
     for name, parameter in weights[0].items():
         torch.testing.assert_close(parameter, weights[1][name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fused_head_gives_autograds_gradient(tiny_checkpoint, layout, tied):
+    """One supervised step through the fused head and through plain autograd over whole logits: the same gradient.
+
+    A tied embedding gets gradient from both its ends, of which the head's goes past autograd into `main_grad`.
+    """
+    folder = tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=tied)
+
+    def plain(hidden, weight, microbatch):
+        targets = microbatch.tokens.targets
+        loss = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+        return PolicyLoss(loss, torch.tensor(len(targets)), PolicyMetrics.zero())
+
+    gradients = []
+    for fused in (True, False):
+        learner = make_learner(folder)
+        [microbatches] = make_batch(folder, learner, layout)
+        learner.supervised_update(microbatches, 0.0) if fused else learner._step(microbatches, plain)
+        trained = [(name, p) for name, p in learner.policy.named_parameters() if p.requires_grad]
+        gradients.append({name: parameter.main_grad.clone() for name, parameter in trained})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_positive_advantage_raises_probability(tiny_checkpoint, layout):
