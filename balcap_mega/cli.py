@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,3 +33,14 @@ def exit_on_user_error() -> Iterator[None]:
             content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
             Path(file).write_text(json.dumps(content), encoding="utf-8")
         sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Turn off what libraries say about one another, unless the user has asked for it; call it before importing them.
+
+    `python -W default`, TORCH_CPP_LOG_LEVEL=INFO and HF_HUB_DISABLE_PROGRESS_BARS=0 bring it back.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -5,10 +5,8 @@
 """
 
 import argparse
-import sys
-import warnings
 
-from balcap_mega.cli import exit_on_user_error
+from balcap_mega.cli import exit_on_user_error, quiet_libraries
 from balcap_mega.config.load import load_config
 
 
@@ -17,8 +15,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys that replace the file's")
     arguments = parser.parse_args()
-    if not sys.warnoptions:  # libraries warn about one another; ask for it with python -W default
-        warnings.simplefilter("ignore")
+    quiet_libraries()
     with exit_on_user_error():
         config = load_config(arguments.config, arguments.overrides)
         from balcap_mega.training.run import run  # heavy imports only once the configuration is right
