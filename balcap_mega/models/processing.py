@@ -99,9 +99,9 @@ class PromptProcessor:
         """A supervised target: the caption's tokens and the end-of-sequence token."""
         return (*self._tokenizer(caption, add_special_tokens=False).input_ids, self.eos_token_ids[0])
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of response tokens, special tokens left out."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+    def count_tokens(self, text: str) -> float:
+        """Length of a text in tokens, special ones left out."""
+        return float(len(self._tokenizer(text, add_special_tokens=False).input_ids))
 
     def _media_token_ids(self) -> tuple[int, ...]:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -1,5 +1,6 @@
 """A whole run: prepare the policy, evaluate, improve it step by step, evaluate again, and leave everything behind."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -57,22 +58,21 @@ def run(config: RunConfig) -> None:
         first_step = trainer.resume(folder.checkpoints)
         trainer.refit.run()
 
-    def held_out(path: Path) -> HeldOutResult:
-        """Evaluated once: a run that goes on reads what it found before."""
-        if not path.exists():
-            with phase("evaluation"):
-                records = Prompts(eval_set, range(len(eval_set)))
-                result = evaluate_held_out(trainer.engine, trainer.replica, trainer.judge, records, trainer.length)
-            if leads:
-                write_result(path, result)
-            torch.distributed.barrier()
-        return read_result(path)
+    def held_out() -> HeldOutResult:
+        with phase("evaluation"):
+            records = Prompts(eval_set, range(len(eval_set)))
+            return evaluate_held_out(trainer.engine, trainer.replica, trainer.judge, records, trainer.length)
 
-    before = held_out(folder.before)
+    # A run that goes on reads what it found before its first step.
+    before = held_out() if first_step == 0 else read_result(folder.before)
+    if leads and first_step == 0:
+        write_result(folder.before, before)
     console.evaluation("before", before.scores)
     with MetricsLogger(folder.root, first_step, enabled=leads) as log, phase("reinforcement"):
         for step in range(first_step, config.steps):
             metrics = trainer.step(step)
+            if config.eval_every and (step + 1) % config.eval_every == 0:
+                metrics |= {f"held_out/{name}": score for name, score in held_out().scores.items()}
             log(step, metrics)
             console.step(step, metrics)
             stopping = stop.agreed()
@@ -81,11 +81,16 @@ def run(config: RunConfig) -> None:
             if stopping:
                 console.stopped(stop.reason, step + 1)
                 return
-    after = held_out(folder.after)
+    after = held_out()
     console.evaluation("after", after.scores)
+    trainer.judge.close()
     with phase("export"):
+        if leads:
+            shutil.rmtree(folder.policy, ignore_errors=True)  # of a run that was shorter then
+        torch.distributed.barrier()
         export_checkpoint(trainer.learner.policy, start, folder.policy)
     if leads:
+        write_result(folder.after, after)
         write_json(folder.summary, {"before": before.scores, "after": after.scores, "seconds": phase.seconds})
         write_report(folder, config, before, after, eval_set)
     console.finished(folder.root)

@@ -55,6 +55,7 @@ class Trainer:
         with phase("packing"):
             batches = self.batches.from_rollouts(prompts, groups, advantages, self.config.optimizer.updates_per_step)
         with phase("update"):
+            self.learner.set_learning_rate(self.learning_rate(number))
             updates = self.update(batches.minibatches)
         with phase("refit"):
             self.refit.run()
@@ -73,6 +74,11 @@ class Trainer:
             *(with_old_logprobs(minibatch, self.learner.logprobs(minibatch)) for minibatch in minibatches[1:]),
         ]
         return [self.learner.update(minibatch) for minibatch in minibatches]
+
+    def learning_rate(self, number: int) -> float:
+        """Constant after a linear rise over `optimizer.warmup_steps`."""
+        optimizer = self.config.optimizer
+        return optimizer.learning_rate * min(1.0, (number + 1) / max(optimizer.warmup_steps, 1))
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint after `step` steps. Prompts, seeds and batches follow from the step number alone."""
