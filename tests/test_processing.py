@@ -60,7 +60,6 @@ def test_special_tokens(tiny_checkpoint, family):
     assert not set(processor.eos_token_ids) & set(processor.banned_token_ids)
     caption = processor.encode_caption("A large red circle.")
     assert caption[-1] == processor.eos_token_ids[0]
-    assert processor.decode(caption) == "A large red circle."
 
 
 def test_folder_without_processor_is_refused(tmp_path):

@@ -117,9 +117,10 @@ def _relation(random: Random, scene: Scene) -> list[str]:
 
 def _padded(random: Random, sentences: list[str]) -> list[str]:
     sentences = list(sentences)
-    for fillers, chance in ((MOODS, 0.55), (SPECULATIONS, 0.2)):
-        if random.random() < chance:
-            sentences.insert(random.randint(1, len(sentences)), random.choice(fillers))
+    if random.random() < 0.65:  # a mood before the things
+        sentences.insert(1, random.choice(MOODS))
+    if random.random() < 0.2:
+        sentences.insert(random.randint(1, len(sentences)), random.choice(SPECULATIONS))
     for fillers, chance in ((PRAISES, 0.12), (CLOSINGS, 0.65)):
         if random.random() < chance:
             sentences.append(random.choice(fillers))
