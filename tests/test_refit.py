@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from transformers import AutoModelForImageTextToText
-from vllm.distributed.parallel_state import destroy_model_parallel
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from balcap_mega.models.architecture import Architecture
@@ -20,6 +19,7 @@ from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit
 from balcap_mega.rollout.refit.transfer import RefitError
+from balcap_mega.rollout.vllm_runtime import import_vllm
 from tests.distributed import _rank_main, free_port, launch
 from tests.policy_cases import load_state
 from tests.rollout_cases import largest_difference, make_prompts
@@ -103,6 +103,9 @@ def check_wrong_checksum(folder, engine):
 
 def several_ranks(cases):
     """cases: (folder, vLLM tensor parallelism, [(Megatron tensor, pipeline), ...]); one engine a case."""
+    import_vllm()
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
     for folder, engine_tensor, layouts in cases:
         destroy_model_parallel()  # vLLM's groups alone: the next engine has others
         engine = make_engine(folder, engine_tensor)

@@ -11,6 +11,7 @@ import torch
 
 from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.data.records import CaptionRecord
+from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
@@ -146,29 +147,42 @@ class RolloutEngine:
         deadline = time.monotonic() + self.config.timeout_seconds
         captions: list[dict[int, Rollout]] = [{} for _ in prompts]
         prompt_token_ids: list[tuple[int, ...]] = [()] * len(prompts)
+        requests: list[str] = []
         with process_state_kept(self.device):
-            requests = []
-            for place, prompt in enumerate(prompts):
-                sampling = params(prompt)
-                sampling.n = count
-                requests.append(self.llm.add_request(str(place), self.processor.engine_prompt(prompt.record), sampling))
-            while self.llm.has_unfinished_requests():
-                if time.monotonic() > deadline:
-                    self.llm.abort_request(requests, internal=True)
-                    raise TimeoutError(self._waited_for(prompts, captions, count))
-                for output in self.llm.step():
-                    place = int(output.request_id)
-                    prompt_token_ids[place] = tuple(output.prompt_token_ids)
-                    for completion in output.outputs:
-                        if completion.finish_reason is None:
-                            continue
-                        rollout = captions[place][completion.index] = _rollout(completion)
-                        if on_finished is not None:
-                            on_finished(prompts[place].record_index, completion.index, rollout)
+            try:
+                for place, prompt in enumerate(prompts):
+                    sampling = params(prompt)
+                    sampling.n = count
+                    requests.append(self._submit(str(place), prompt, sampling))
+                while self.llm.has_unfinished_requests():
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(self._waited_for(prompts, captions, count))
+                    for output in self.llm.step():
+                        place = int(output.request_id)
+                        prompt_token_ids[place] = tuple(output.prompt_token_ids)
+                        for completion in output.outputs:
+                            if completion.finish_reason is None:
+                                continue
+                            rollout = captions[place][completion.index] = _rollout(completion)
+                            if on_finished is not None:
+                                on_finished(prompts[place].record_index, completion.index, rollout)
+            except BaseException:
+                self.llm.abort_request(requests, internal=True)
+                raise
         return [
             RolloutGroup(prompt.record_index, token_ids, tuple(group[number] for number in range(count)))
             for prompt, token_ids, group in zip(prompts, prompt_token_ids, captions, strict=True)
         ]
+
+    def _submit(self, name: str, prompt: Prompt, sampling) -> str:
+        """Hand one prompt to vLLM, which processes its image here and refuses one that leaves no room for a caption."""
+        try:
+            return self.llm.add_request(name, self.processor.engine_prompt(prompt.record), sampling)
+        except self._vllm.exceptions.VLLMValidationError as error:
+            raise UserError(
+                f"record {prompt.record_index} does not fit rollout.max_model_len={self.config.max_model_len}: {error}",
+                remedy="raise rollout.max_model_len or use smaller images",
+            ) from error
 
     def _waited_for(self, prompts: Sequence[Prompt], captions: Sequence[dict[int, Rollout]], count: int) -> str:
         waiting = [

@@ -15,7 +15,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.model_loader.reload.layerwise import _copy_and_restore_kernel_tensors, get_layerwise_info
-from vllm.model_executor.model_loader.reload.meta import materialize_layer, restore_layer_on_meta
+from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
 
 from balcap_mega.rollout.refit.pieces import Write, checksums, rectangle
@@ -41,8 +41,8 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
 
     Where vLLM computes with something else than the parameter that was loaded, a linear packed for the CPU or quantised
     to FP8, that parameter is there no more: such a layer is laid out again as it was for loading, filled, processed by
-    its own quantisation method as on loading, and what comes out is copied to where the engine's kernels expect it. One
-    layer at a time is in this state, plus those that the open bucket cuts through.
+    its own quantisation method as on loading, and what comes out is copied to where the engine's kernels expect it. Few
+    layers are in this state at a time, one for each pipeline stage that sends; they take turns in the same memory.
 
     `finalise_seconds` is what that processing took during the last update, which is no transfer of weights.
     """
@@ -62,6 +62,7 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
     def start_weight_update(self) -> None:
         self._missing = dict(self._elements)
         self._laid_out: set[str] = set()
+        self._scratch: list[Tensor] = []
         self.finalise_seconds = 0.0
 
     def receive_weights(self, update_info: InPlaceUpdateInfo) -> None:
@@ -83,6 +84,7 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
 
     def finish_weight_update(self) -> None:
         """Raises ValueError where a layer did not get all its weights."""
+        self._scratch = []
         unfinished = [layer for layer, elements in self._missing.items() if elements]
         if unfinished:
             raise ValueError(f"{len(unfinished)} layers got only part of their weights, the first is {unfinished[0]}")
@@ -106,15 +108,29 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
         info.kernel_tensors = get_layer_params_buffers(module)
         info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
         restore_layer_on_meta(module, info)
-        materialize_layer(module, info)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                memory = self._take_scratch(parameter.numel(), parameter.dtype)
+                loadable = memory.view(parameter.shape)
+                loadable.__class__, loadable.__dict__ = parameter.__class__, parameter.__dict__.copy()
+                setattr(module, name, loadable)
         self._laid_out.add(layer)
+
+    def _take_scratch(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Memory that an earlier layer no longer needs, as new memory costs more than the copy into it."""
+        for place, memory in enumerate(self._scratch):
+            if memory.numel() == elements and memory.dtype == dtype:
+                return self._scratch.pop(place)
+        return torch.empty(elements, dtype=dtype, device=self.device)
 
     def _process(self, layer: str) -> None:
         start = time.perf_counter()
         module = self.model.get_submodule(layer)
         if layer in self._laid_out:
-            _derive(module)
             info = get_layerwise_info(module)
+            scratch = [getattr(module, name) for name in info.restore_metadata[0]]
+            _derive(module)
+            self._scratch += [memory.data.flatten() for memory in scratch]
             _copy_and_restore_kernel_tensors(module, info)
             info.reset()
         else:
