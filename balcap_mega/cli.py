@@ -1,6 +1,7 @@
 """How an entry point ends when its user's input is wrong: one line, exit status 2."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -42,5 +43,7 @@ def quiet_libraries() -> None:
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        for library in ("megatron", "vllm"):
+            logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

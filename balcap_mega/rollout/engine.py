@@ -209,6 +209,7 @@ def engine_arguments(
         "logprobs_mode": "raw_logprobs",
         "weight_transfer_config": {"backend": WEIGHT_TRANSFER[0]},
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
