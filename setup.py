@@ -17,7 +17,7 @@ setup(
     packages=[*find_packages(include=["balcap_mega", "balcap_mega.*"]), "balcap_mega.kernels"],
     package_dir={"balcap_mega.kernels": "kernels"},
     entry_points={
-        # torch runs this at the end of `import torch` in every process, vLLM's servers and its model inspection included.
+        # torch runs this at the end of `import torch`, in every process: vLLM's servers and model inspection too.
         "torch.backends": [
             "balcap_mega = balcap_mega.models.torchvision_operators:declare_torchvision_operators",
         ]

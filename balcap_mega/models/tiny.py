@@ -57,6 +57,16 @@ LLAVA_CHAT_TEMPLATE = (
 )
 
 
+DECODER = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
 def write_tiny_checkpoint(
     folder: str | Path,
     family: Family,
@@ -107,15 +117,10 @@ def _write_qwen2_5_vl(folder, texts, vocab_size, text_overrides, vision_override
     )
     token_id = tokenizer.convert_tokens_to_ids
     text = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **DECODER,
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
-        "initializer_range": _initial_std(text_overrides.get("hidden_size", 128)),
+        "initializer_range": _initial_std(text_overrides.get("hidden_size", DECODER["hidden_size"])),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         "bos_token_id": token_id("<|endoftext|>"),
         "eos_token_id": token_id("<|im_end|>"),
@@ -161,13 +166,8 @@ def _write_llava(folder, texts, vocab_size, text_overrides, vision_overrides, ti
     )
     token_id = tokenizer.convert_tokens_to_ids
     text = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **DECODER,
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "bos_token_id": token_id("<s>"),
         "eos_token_id": token_id("</s>"),

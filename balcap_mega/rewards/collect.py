@@ -11,7 +11,7 @@ from balcap_mega.rewards.judge import COMPONENTS
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """One caption's reward components in [0, 1] (None: the judge failed), its length and its reference's, in one unit."""
+    """Reward components of one caption in [0, 1], None where the judge failed, and two lengths in one unit."""
 
     precision: float | None
     recall: float | None
