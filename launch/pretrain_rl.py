@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a captioner with BalCapRL:
 
-    torchrun --nproc-per-node N launch/pretrain_rl.py --config configs/RUN.yaml [key=value ...]
+torchrun --nproc-per-node N launch/pretrain_rl.py --config configs/RUN.yaml [key=value ...]
 """
 
 import argparse

@@ -76,7 +76,7 @@ def check_batch(config: RunConfig, world_size: int) -> None:
         )
     if config.warmup.steps and config.warmup.batch_size % data_parallel:
         raise UserError(
-            f"warmup.batch_size={config.warmup.batch_size} cannot be shared evenly by {data_parallel} data-parallel ranks",
+            f"warmup.batch_size={config.warmup.batch_size} cannot be cut into {data_parallel} data-parallel shares",
             remedy=f"set warmup.batch_size to a multiple of {data_parallel}",
         )
     if rollout.prompts_per_step % replicas:
