@@ -134,24 +134,28 @@ def plan_shards(
 def _write_stage(
     policy: VisionLanguagePolicy, folder: Path, shards: list[ShardFile], tables: list[list[Block]]
 ) -> None:
-    """Assemble and write this stage's files, the tensor-parallel ranks taking turns; `tables` has each one's blocks."""
+    """Assemble and write this stage's files, as many at a time as it has tensor-parallel ranks, one on each."""
     layout = current_layout()
     parameters, shapes = _matrices(policy), huggingface_shapes(policy.architecture)
     pieces = [defaultdict(list) for _ in tables]
     for rank, table in enumerate(tables):
         for block in table:
             pieces[rank][block.hf_name].append(block)
+
+    def write(files: list[ShardFile]) -> None:
+        # All ranks send and receive in the order of this loop; then the writers write side by side.
+        tensors: dict[str, Tensor] = {}
+        for writer, file in enumerate(files):
+            for name in file.tensors:
+                tensor = _assemble(name, shapes[name], writer, pieces, parameters)
+                if tensor is not None:
+                    tensors[name] = tensor
+        if tensors:
+            save_file(tensors, folder / files[layout.tensor_rank].name, metadata={"format": "pt"})
+
     mine = [shard for shard in shards if shard.stage == layout.pipeline_rank]
     for first in range(0, len(mine), layout.tensor_size):
-        own_shard = None
-        # All send and receive in the order of this loop; then the writers write side by side.
-        for writer, shard in enumerate(mine[first : first + layout.tensor_size]):
-            tensors = {name: _assemble(name, shapes[name], writer, pieces, parameters) for name in shard.tensors}
-            if writer == layout.tensor_rank:
-                own_shard = shard, tensors
-        if own_shard is not None:
-            shard, tensors = own_shard
-            save_file(tensors, folder / shard.name, metadata={"format": "pt"})
+        write(mine[first : first + layout.tensor_size])
 
 
 def _assemble(
