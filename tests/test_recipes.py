@@ -9,7 +9,7 @@ import pytest
 import skimage.data
 
 from balcap_mega.config.load import load_config
-from tests.judge_server import JudgeServer, RuleJudge
+from tests.judge_server import Fault, JudgeServer, RuleJudge
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "tests" / "data" / "photos.jsonl"
@@ -25,6 +25,12 @@ def miniature(model: Path, output: Path, base_url: str) -> list[str]:
         "rollout.group_size=2", "rollout.max_tokens=16", "rollout.max_model_len=2048", "packing.row_tokens=4096",
         f"rewards.endpoint.base_url={base_url}", f"rewards.cache_dir={output.parent / 'cache'}",
     ]  # fmt: skip
+
+
+def train(recipe: str, overrides: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["launch/pretrain_rl.py", "--config", f"configs/{recipe}.yaml", *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -44,10 +50,7 @@ def test_recipe_runs_in_miniature(recipe, tiny_checkpoint, tmp_path):
     units = [unit for line in PHOTOS.read_text().splitlines() for unit in json.loads(line)["units"]]
     output = tmp_path / "run"
     with JudgeServer(RuleJudge(tuple(units))) as judge:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["launch/pretrain_rl.py", "--config", f"configs/{recipe}.yaml"]
-        command += miniature(model, output, judge.base_url)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        done = train(recipe, miniature(model, output, judge.base_url))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert judge.asked("verify") and judge.asked("cover") and judge.asked("language")
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -56,3 +59,19 @@ def test_recipe_runs_in_miniature(recipe, tiny_checkpoint, tmp_path):
         assert row["rollout/logprob_difference_max"] <= 1e-4
         assert row["reward/precision_missing"] == row["reward/linguistic_missing"] == 0.0
     assert list((output / "policy").glob("*.safetensors"))
+
+
+def test_judge_that_breaks_down_stops_the_run_and_loses_nothing(tiny_checkpoint, tmp_path):
+    output = tmp_path / "run"
+    with JudgeServer() as judge:
+        overrides = miniature(tiny_checkpoint("qwen2_5_vl"), output, judge.base_url)
+        assert train("qwen2_5_vl_7b", [*overrides, "steps=1"]).returncode == 0
+        judge.faults["language"] = [Fault(status=500)] * 1000
+        done = train("qwen2_5_vl_7b", [*overrides, "rewards.endpoint.max_retries=0"])
+        assert done.returncode != 0
+        assert "missing" in done.stderr and "linguistic 100.0%" in done.stderr and "resume" in done.stderr
+        assert (output / "checkpoints" / "latest").read_text().strip() == "step_000001"
+        judge.faults.clear()
+        assert train("qwen2_5_vl_7b", overrides).returncode == 0
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]

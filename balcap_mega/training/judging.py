@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from balcap_mega.config.schema import RewardConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
 from balcap_mega.rewards.collect import CaptionScore
@@ -23,6 +24,13 @@ class JudgedCaption:
     score: CaptionScore
 
 
+def patience(config: RewardConfig) -> float:
+    """Seconds after which a judgement can no longer come: two questions in a row, each tried as often as it may be."""
+    endpoints = [endpoint for endpoint in (config.endpoint, *config.component_endpoints.values()) if endpoint]
+    longest = max((endpoint.timeout_seconds * (endpoint.max_retries + 1) for endpoint in endpoints), default=0)
+    return 2 * longest + 60.0
+
+
 class Judging:
     """The judgements of one round of captions, by record and by number within the record's group.
 
@@ -35,8 +43,8 @@ class Judging:
         self,
         judge: Judge | None,
         records: Mapping[int, CaptionRecord],
-        length: Callable[[str], float] = count_words,
-        timeout_seconds: float = 600,
+        length: Callable[[str], float],
+        timeout_seconds: float,
     ):
         self.judge, self.records, self.length, self.timeout_seconds = judge, records, length, timeout_seconds
         self._futures: dict[tuple[int, int], Future[Judgement]] = {}

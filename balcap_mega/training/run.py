@@ -16,6 +16,7 @@ from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.groups import ModelLayout, initialize_parallel, world_size
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.factory import build_judge
+from balcap_mega.rewards.missing import TooManyMissing
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit
 from balcap_mega.rollout.replicas import Replica
@@ -24,7 +25,7 @@ from balcap_mega.training.console import Console
 from balcap_mega.training.folder import RunFolder, write_json, write_text
 from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out, read_result, write_result
 from balcap_mega.training.initial import initial_checkpoint, warmed_up_checkpoint
-from balcap_mega.training.judging import count_words
+from balcap_mega.training.judging import count_words, patience
 from balcap_mega.training.learner import Learner
 from balcap_mega.training.metrics import MetricsLogger, PhaseTimer
 from balcap_mega.training.report import write_report
@@ -61,7 +62,14 @@ def run(config: RunConfig) -> None:
     def held_out() -> HeldOutResult:
         with phase("evaluation"):
             records = Prompts(eval_set, range(len(eval_set)))
-            return evaluate_held_out(trainer.engine, trainer.replica, trainer.judge, records, trainer.length)
+            return evaluate_held_out(
+                trainer.engine,
+                trainer.replica,
+                trainer.judge,
+                records,
+                trainer.length,
+                patience(config.rewards),
+            )
 
     # A run that goes on reads what it found before its first step.
     before = held_out() if first_step == 0 else read_result(folder.before)
@@ -70,7 +78,11 @@ def run(config: RunConfig) -> None:
     console.evaluation("before", before.scores)
     with MetricsLogger(folder.root, first_step, enabled=leads) as log, phase("reinforcement"):
         for step in range(first_step, config.steps):
-            metrics = trainer.step(step)
+            try:
+                metrics = trainer.step(step)
+            except TooManyMissing:  # all ranks see it, before the update: the steps so far are worth keeping
+                trainer.save(folder.checkpoints, step)
+                raise
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 metrics |= {f"held_out/{name}": score for name, score in held_out().scores.items()}
             log(step, metrics)

@@ -16,7 +16,7 @@ from balcap_mega.rollout.refit import Refit
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import BatchBuilder, Prompts
 from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from balcap_mega.training.judging import Judging
+from balcap_mega.training.judging import Judging, patience
 from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.metrics import PhaseTimer
 from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
@@ -43,7 +43,8 @@ class Trainer:
         phase = PhaseTimer()
         with phase("data"):
             prompts = Prompts(self.dataset, self.sampler.indices(number))
-            judging = Judging(self.judge if self.replica.leads else None, prompts, self.length)
+            judge = self.judge if self.replica.leads else None
+            judging = Judging(judge, prompts, self.length, patience(self.config.rewards))
         with phase("rollout"):
             mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)
         with phase("rewards"):
