@@ -15,6 +15,7 @@ from balcap_mega.algorithm.metrics import PolicyMetrics
 from balcap_mega.algorithm.policy_loss import PolicyLoss, policy_loss
 from balcap_mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.checkpoint_files import check_checkpoint
 from balcap_mega.models.checkpoint_io import import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
@@ -56,6 +57,7 @@ class Learner:
         self.platform = platform
         self.temperature = temperature
         self.max_response_length = max_response_length
+        check_checkpoint(folder, self.architecture)  # before anything is allocated
         self.policy = build_policy(self.architecture, model, parallel, platform)
         import_checkpoint(folder, self.policy)
         with platform.megatron():
