@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPU tests and kernel benchmarks on one H100, unattended: bash benchmarks/h100.sh [--fresh]
+# GPU tests, kernels, attention backends and the refit on one H100, unattended: bash benchmarks/h100.sh [--fresh]
 # Every part has a time limit; a part that fails or runs out leaves the others alone. Logs stay in runs/h100/, numbers in
 # benchmarks/results/kernels_h100.json, and a second call does only what is missing there. Ends with one table.
 # Exit status: 0 all parts passed, 1 a part failed, 3 no GPU.
@@ -18,7 +18,7 @@ if ! "$python" -c 'import balcap_mega, torch, triton' 2> "$results/import.log"; 
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "No CUDA device here (torch $("$python" -c 'import torch; print(torch.__version__)'))."
-    echo "Not run: the tests marked gpu, and the benchmarks of lm_head, logprobs and reward_to_loss on CUDA."
+    echo "Not run: the tests marked gpu, and the benchmarks of kernels, attention backends and the refit on CUDA."
     echo "What runs without a GPU: tests/run.sh, which has the kernels interpreted and compiled for sm_90,"
     echo "and $python benchmarks/kernels.py --device cpu."
     exit 3
@@ -55,6 +55,12 @@ part tests_gpu 900 "$python" -m pytest tests -q -m gpu --deselect tests/test_ker
 part reward_to_loss 300 "${benchmark[@]}" --ops reward_to_loss
 part lm_head 1200 "${benchmark[@]}" --ops lm_head
 part logprobs 600 "${benchmark[@]}" --ops logprobs
+part attention 600 "$python" benchmarks/attention.py --json benchmarks/results/attention_h100.json
+if "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"; then
+    part refit 900 "$python" benchmarks/refit.py --model 7b --gib 13 --json benchmarks/results/refit_h100.json
+else
+    echo "vllm is not installed: the refit is left out."
+fi
 
 echo
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv,noheader 2> /dev/null
