@@ -26,7 +26,6 @@ setup(
     # launch/cpu.lock (Linux without a GPU, Python 3.11) and the extra `cuda` (H100, Python 3.12).
     install_requires=[
         "aiohttp>=3.14",
-        "httpx>=0.28",
         "jinja2>=3.1",
         "matplotlib>=3.10",
         "megatron-core==0.16.1",
