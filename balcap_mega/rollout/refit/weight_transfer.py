@@ -57,12 +57,12 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
             self._elements[_layer_of(name)] += elements
         self._sharing = _layers_by_parameter(self.model)
         self._dtype = self.model_config.dtype
+        self._scratch: list[Tensor] = []
         self.finalise_seconds = 0.0
 
     def start_weight_update(self) -> None:
         self._missing = dict(self._elements)
         self._laid_out: set[str] = set()
-        self._scratch: list[Tensor] = []
         self.finalise_seconds = 0.0
 
     def receive_weights(self, update_info: InPlaceUpdateInfo) -> None:
@@ -84,7 +84,10 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
 
     def finish_weight_update(self) -> None:
         """Raises ValueError where a layer did not get all its weights."""
-        self._scratch = []
+        if (
+            self.device.type == "cuda"
+        ):  # whose allocator hands it out again at no cost; a CPU's would fault in each page
+            self._scratch = []
         unfinished = [layer for layer, elements in self._missing.items() if elements]
         if unfinished:
             raise ValueError(f"{len(unfinished)} layers got only part of their weights, the first is {unfinished[0]}")
