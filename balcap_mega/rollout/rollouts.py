@@ -8,7 +8,7 @@ class Rollout:
     """One sampled caption.
 
     token_ids: response tokens, the end-of-sequence token included when `finished`
-    logprobs:  one float a token, under the sampling policy, untempered (`raw_logprobs`)
+    logprobs:  one float a token, of softmax(logits / temperature) over the whole vocabulary, before bans and top_p
     text:      decoded without special tokens
     finished:  False when generation was cut at the token limit
     """
