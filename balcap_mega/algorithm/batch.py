@@ -1,7 +1,8 @@
 """What the algorithm reads: rewards of a whole global batch, and the tokens one microbatch trains on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -55,3 +56,7 @@ class TokenBatch:
     rollout_logprobs: Tensor
     reference_logprobs: Tensor | None
     sequence_lengths: Tensor
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenBatch(**{name: None if column is None else column.to(device) for name, column in columns.items()})

@@ -116,7 +116,7 @@ class LengthGateConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """Rewards to gradient, as the README's algorithm section numbers it. Weights go by name, never by position."""
+    """Rewards to gradient. Weights go by name, never by position."""
 
     weights: dict[Literal["precision", "recall", "linguistic"], NonNegative] = {
         "precision": 1.0,

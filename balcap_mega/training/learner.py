@@ -78,7 +78,7 @@ class Learner:
         """One optimizer step on the clipped policy objective. Raises FloatingPointError before a non-finite step."""
 
         def objective(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> PolicyLoss:
-            head, tokens = self._head(weight), microbatch.tokens
+            head, tokens = self._head(weight), microbatch.tokens.to(self.platform.device)
             if self.algorithm.fused:
                 return fused_policy_loss(
                     hidden, tokens, head, self.algorithm, max_response_length=self.max_response_length
@@ -96,7 +96,7 @@ class Learner:
         return self._step(
             microbatches,
             lambda hidden, weight, microbatch: fused_cross_entropy(
-                hidden, microbatch.tokens.targets, self._head(weight)
+                hidden, microbatch.tokens.targets.to(hidden.device), self._head(weight)
             ),
         )
 
@@ -130,7 +130,7 @@ class Learner:
 
     def _score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         def objective(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> Tensor:
-            return token_logprobs(hidden, microbatch.tokens.targets, self._head(weight))[0]
+            return token_logprobs(hidden, microbatch.tokens.targets.to(hidden.device), self._head(weight))[0]
 
         self.model.eval()
         with self.platform.megatron():

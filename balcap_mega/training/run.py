@@ -87,7 +87,7 @@ def run(config: RunConfig) -> None:
                 metrics |= {f"held_out/{name}": score for name, score in held_out().scores.items()}
             log(step, metrics)
             console.step(step, metrics)
-            stopping = stop.agreed()
+            stopping = stop.agreed(platform.device)
             if stopping or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 trainer.save(folder.checkpoints, step + 1)
             if stopping:

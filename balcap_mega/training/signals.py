@@ -23,8 +23,8 @@ class StopRequest:
     def reason(self) -> str:
         return self.received.name if self.received else "a signal to another rank"
 
-    def agreed(self) -> bool:
-        """True on all ranks as soon as one of them was asked to stop."""
-        flag = torch.tensor([self.received is not None], dtype=torch.int32)
+    def agreed(self, device: torch.device) -> bool:
+        """True on all ranks as soon as one of them was asked to stop; the ranks agree through tensors on `device`."""
+        flag = torch.tensor([self.received is not None], dtype=torch.int32, device=device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
