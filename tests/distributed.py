@@ -17,10 +17,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launcher_store() -> torch.distributed.TCPStore:
+    """As torchrun has it: bound by the launcher before any rank is told its port, so that nobody else can take it."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def _rank_main(rank: int, world_size: int, port: int, target: Callable, args: tuple, results) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
     )  # fmt: skip
     torch.set_num_threads(1)
     try:
@@ -41,9 +47,9 @@ def launch(world_size: int, target: Callable, *args: Any, timeout: float = 240) 
     """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    port = free_port()
+    store = launcher_store()
     ranks = [
-        context.Process(target=_rank_main, args=(rank, world_size, port, target, args, results))
+        context.Process(target=_rank_main, args=(rank, world_size, store.port, target, args, results))
         for rank in range(world_size)
     ]
     for process in ranks:

@@ -20,7 +20,7 @@ from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit
 from balcap_mega.rollout.refit.transfer import RefitError
 from balcap_mega.rollout.vllm_runtime import import_vllm
-from tests.distributed import _rank_main, free_port, launch
+from tests.distributed import _rank_main, launch, launcher_store
 from tests.policy_cases import load_state
 from tests.rollout_cases import largest_difference, make_prompts
 
@@ -179,8 +179,8 @@ def test_refit_between_layouts_on_four_ranks(tiny_checkpoint):
 def test_a_silent_rank_stops_all_ranks_with_phase_and_bucket(tiny_checkpoint, dies):
     """A collective ends for the ranks that have all their parts: with three of them, all wait for the silent one."""
     context = multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
-    arguments = (3, port, silent_rank, (tiny_checkpoint("qwen2_5_vl"), dies), results)
+    results, store = context.Queue(), launcher_store()
+    arguments = (3, store.port, silent_rank, (tiny_checkpoint("qwen2_5_vl"), dies), results)
     ranks = [context.Process(target=_rank_main, args=(rank, *arguments)) for rank in range(3)]
     for process in ranks:
         process.start()
