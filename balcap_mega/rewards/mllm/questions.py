@@ -5,7 +5,6 @@ a JSON object of the user message. No caption can close that object or spell a c
 """
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -134,12 +133,6 @@ def image_data_url(image: Image.Image) -> str:
 @cache
 def prompt(name: str) -> str:
     return files("balcap_mega.rewards.mllm").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8").strip()
-
-
-def prompts_version() -> str:
-    """Changes with any of the prompts, so that what was derived with one set is not mistaken for another's."""
-    texts = [prompt(name) for name in ("split", "verify", "units", "cover", "language")]
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
 def _question(name: str, data: dict, reply: type[Reply], max_tokens: int, image_url: str | None = None) -> Question:
