@@ -5,7 +5,11 @@ import json
 import os
 import pickle
 import random
+import shutil
+import subprocess
+import threading
 from collections import defaultdict
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +27,8 @@ from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
-from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint
+from balcap_mega.training.checkpoint_writer import CheckpointWriter
 from tests.distributed import launch
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e9)
@@ -77,9 +82,11 @@ class Learner:
             for block in self.blocks
         }
 
-    def save(self, folder: Path, step: int, **options) -> None:
-        with self.platform.megatron():
-            save_checkpoint(folder, step, self.model, self.optimizer, {"step": step}, **options)
+    def writer(self, folder: Path, keep: int = 2) -> CheckpointWriter:
+        return CheckpointWriter(folder, self.platform, keep=keep, timeout_seconds=60)
+
+    def start(self, writer: CheckpointWriter, step: int) -> None:
+        writer.start(step, self.model, self.optimizer, {"step": step})
 
     def load(self, path: Path) -> dict:
         with self.platform.megatron():
@@ -104,9 +111,11 @@ def save_and_go_on(folder: Path, target: Path, layout: dict) -> Outcome:
     learner.update(0)
     learner.update(1)
     draw()
-    learner.save(target, 2, keep=1)
+    writer = learner.writer(target, keep=1)
+    learner.start(writer, 2)
     saved, drawn = deepcopy(learner.weights()), draw()
-    learner.update(2)
+    learner.update(2)  # training goes on before the checkpoint is whole
+    writer.finish()
     destroy_parallel()
     return Outcome(saved, learner.weights(), drawn)
 
@@ -178,9 +187,11 @@ def test_resume_is_bit_exact_at_any_layout(tiny_checkpoint, tmp_path):
 
 def save_three(folder: Path, target: Path) -> None:
     learner = Learner(folder, ParallelConfig())
+    writer = learner.writer(target)
     for step in (1, 2, 3):
         learner.update(step)
-        learner.save(target, step, keep=2)
+        learner.start(writer, step)
+    writer.finish()
     destroy_parallel()
 
 
@@ -200,6 +211,76 @@ def one_rank():
     """A process group of this process alone."""
     yield
     torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def slow_disk():
+    """Files written by another thread than this one reach the disk when the `with` ends."""
+    sync, synced, main = os.fsync, threading.Event(), threading.get_ident()
+
+    def slow_sync(handle):
+        if threading.get_ident() != main:
+            assert synced.wait(60)
+        sync(handle)
+
+    os.fsync = slow_sync
+    try:
+        yield
+    finally:
+        synced.set()
+        os.fsync = sync
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_checkpoint, tmp_path, one_rank):
+    """It holds the weights of the moment it was begun, and nobody sees it before it is whole."""
+    folder = tiny_checkpoint("llava")
+    learner = Learner(folder, ParallelConfig(distributed_optimizer=False))  # whose state Megatron does not copy
+    learner.update(1)
+    writer = learner.writer(tmp_path)
+    with slow_disk():
+        learner.start(writer, 1)
+        begun = deepcopy(learner.weights())
+        learner.update(2)
+        writer.poll()
+        assert latest_checkpoint(tmp_path) is None and writer.last == 0
+        gone_on = deepcopy(learner.weights())
+    writer.finish()
+    assert writer.last == 1
+    learner.load(latest_checkpoint(tmp_path))
+    assert_equal(whole([learner.weights()]), whole([begun]), "when begun")
+    learner.update(2)
+    assert_equal(whole([learner.weights()]), whole([gone_on]), "gone on")
+    destroy_parallel()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk that two checkpoints of the tiny model fill."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system can be mounted only by root")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(tiny_checkpoint, small_disk, one_rank):
+    folder = tiny_checkpoint("llava")
+    learner = Learner(folder, ParallelConfig())
+    writer = learner.writer(small_disk)
+    learner.update(1)
+    learner.start(writer, 1)
+    writer.finish()
+    free = shutil.disk_usage(small_disk).free
+    filler = small_disk / "others"
+    for room in (100_000, 0):  # in the middle of the weights; before the first file
+        filler.write_bytes(bytes(free - room))
+        with pytest.raises(UserError, match="checkpoint of step 2 could not.*No space left on device.*goes on from step 1"):
+            learner.start(writer, 2)
+            writer.finish()
+        assert sorted(path.name for path in small_disk.iterdir()) == ["latest", "others", "step_000001"]
+    destroy_parallel()
+    assert loads(folder, small_disk, {}) == {"step": 1}
+    filler.unlink()
 
 
 class Foreign:

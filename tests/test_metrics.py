@@ -100,7 +100,7 @@ def test_plain_log():
     for step in range(25):
         log.step(step, METRICS)
     log.evaluation("after", SCORES | {"b_capscore": 61.6})
-    log.stopped("SIGTERM", 25)
+    log.stopped("SIGTERM")
     text = file.getvalue()
     assert text.isprintable() or set(re.findall(r"[^\x20-\x7e]", text)) <= {"\n", "─"}  # no control codes
     assert "tensor 2 x pipeline 1 x data 1" in text and "length gate [0.5, 2] words" in text

@@ -15,6 +15,7 @@ from balcap_mega.config.schema import DataConfig, ModelConfig, ParallelConfig, R
 from balcap_mega.errors import UserError
 
 RESOLVED_CONFIG = "config.yaml"  # `dump_config` of the run an output folder holds
+LOCK_FILE = "lock"  # a run's first file, with the config's `.partial`: all that one killed at its start leaves behind
 ARCHITECTURES = ("qwen2_5_vl", "llava")  # `model_type` of a Hugging Face config.json
 PROCESSOR_FILES = (  # in each row, one of them
     ("tokenizer_config.json",),
@@ -201,7 +202,7 @@ def check_output(config: RunConfig) -> bool:
         raise UserError(f"output_dir={folder} is no folder you may write", remedy="give another output_dir")
     resolved = folder / RESOLVED_CONFIG
     if not resolved.exists():
-        if any(folder.iterdir()):
+        if not all(path.name == LOCK_FILE or path.suffix == ".partial" for path in folder.iterdir()):
             raise UserError(
                 f"output_dir={folder} holds files but no {RESOLVED_CONFIG}, so it is no run of this program",
                 remedy="give an empty or a new output_dir",

@@ -190,8 +190,12 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """Written while training goes on. After a signal the run ends within `grace_seconds`, as a rule with one more."""
+
     every: Positive = 50
     keep: Positive = 2
+    timeout_seconds: Positive = 1800
+    grace_seconds: Positive = 300
 
 
 class RunConfig(Section):

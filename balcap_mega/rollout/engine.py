@@ -96,8 +96,13 @@ class RolloutEngine:
         )
 
     def greedy(self, prompts: Sequence[Prompt], *, on_finished: OnFinished | None = None) -> list[RolloutGroup]:
-        """The most likely next token each time, for evaluation: groups of one caption."""
-        return self._generate(prompts, lambda prompt: self._sampling_params(temperature=0.0), 1, on_finished)
+        """The most likely next token each time, for evaluation: groups of one caption.
+
+        It leaves nothing behind in the engine's caches: the next captions come out bit for bit as without it.
+        """
+        groups = self._generate(prompts, lambda prompt: self._sampling_params(temperature=0.0), 1, on_finished)
+        self.reset_caches()
+        return groups
 
     def reset_caches(self) -> None:
         """Forget everything computed with the weights so far: key/values, processed images, image embeddings.

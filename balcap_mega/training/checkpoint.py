@@ -1,5 +1,7 @@
 """Checkpoints to resume a run from: weights, optimizer, random generators and counters, at any later layout.
 
+`checkpoint_writer` writes them; here is their format, and how one is found, verified and loaded.
+
     <folder>/latest                       the name of the checkpoint to resume from
     <folder>/step_000123/manifest.json    step, layout, the caller's extra values; size and SHA-256 of every file
     <folder>/step_000123/megatron/        weights and optimizer: Megatron's distributed format
@@ -15,9 +17,7 @@ by `torch.load(weights_only=True)`, everything else is JSON and safetensors.
 import hashlib
 import json
 import logging
-import os
 import pickle
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,17 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.groups import current_layout
-from balcap_mega.training.folder import write_json, write_text
-from balcap_mega.training.random_state import load_random_state, save_random_state
+from balcap_mega.training.random_state import load_random_state
 
 logger = logging.getLogger(__name__)
 
+LATEST = "latest"
 MANIFEST = "manifest.json"
 # Optimizer state is gathered over data-parallel ranks, on the host, to the shapes of the parameters: the one format
 # that may be read at another tensor or pipeline size.
@@ -47,60 +46,16 @@ CONTENT = {
 }
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: DistributedDataParallel,
-    optimizer: ChainedOptimizer,
-    extra: Mapping[str, Any],
-    *,
-    keep: int,
-) -> None:
-    """Write `folder`/step_{step}, point `latest` at it and delete all but the newest `keep`. A collective.
-
-    `extra` is anything JSON can hold, the same on all ranks. Host memory: 12 bytes for each trained parameter of a
-    tensor x pipeline shard, on its first data-parallel rank.
-    """
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    final = folder / f"step_{step:06d}"
-    partial = final.with_name(final.name + ".tmp")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "megatron").mkdir(parents=True)
-        (partial / "random").mkdir()
-    torch.distributed.barrier()
-    save_random_state(partial / "random" / f"rank_{rank:05d}.safetensors")
-    dist_checkpointing.save(
-        _sharded_state(model, optimizer, is_loading=False),
-        str(partial / "megatron"),
-        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-        content_metadata=dict(CONTENT),
-    )
-    torch.distributed.barrier()
-    names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-    digests: list[dict[str, dict]] = [{}] * world
-    torch.distributed.all_gather_object(digests, {name: _digest(partial / name) for name in names[rank::world]})
-    if rank == 0:
-        files = {name: digest for part in digests for name, digest in part.items()}
-        manifest = {"step": step, "layout": _layout(), "extra": dict(extra), "files": files}
-        write_json(partial / MANIFEST, manifest)
-        shutil.rmtree(final, ignore_errors=True)  # one that was found damaged
-        os.rename(partial, final)
-        write_text(folder / "latest", final.name + "\n")
-        _prune(folder, keep)
-    torch.distributed.barrier()
-
-
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that `latest` names, or the newest older one if that is not whole; None without any.
 
     Whole means that every file is there in the size that the manifest states.
     """
-    marker = folder / "latest"
+    marker = folder / LATEST
     if not marker.is_file():
         return None
     newest = marker.read_text(encoding="utf-8").strip()
-    for path in sorted((path for path in _steps(folder) if path.name <= newest), reverse=True):
+    for path in sorted((path for path in step_folders(folder) if path.name <= newest), reverse=True):
         damage = _damage(path)
         if damage is None:
             return path
@@ -109,7 +64,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: ChainedOptimizer) -> dict[str, Any]:
-    """Restore what `save_checkpoint` wrote at this or any other layout; return its `extra`. A collective.
+    """Restore what `CheckpointWriter` wrote at this or any other layout; return its `extra`. A collective.
 
     At the same layout everything that follows is bit for bit as without the interruption; at another one random
     generators stay as they are. Raises UserError, on all ranks, for a damaged checkpoint or one of another model.
@@ -117,7 +72,7 @@ def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: Chain
     _verify(path)
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     _allocate_state(optimizer)
-    state = _sharded_state(model, optimizer, is_loading=True)
+    state = sharded_state(model, optimizer, is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(path / "megatron"), strict=StrictHandling.RAISE_ALL)
     except CheckpointingException as error:
@@ -127,12 +82,13 @@ def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: Chain
         ) from error
     model.module.load_state_dict(loaded["model"])
     _load_optimizer(optimizer, loaded["optimizer"])
-    if manifest["layout"] == _layout():
+    if manifest["layout"] == layout_sizes():
         load_random_state(path / "random" / f"rank_{torch.distributed.get_rank():05d}.safetensors")
     return manifest["extra"]
 
 
-def _sharded_state(model: DistributedDataParallel, optimizer: ChainedOptimizer, *, is_loading: bool) -> dict:
+def sharded_state(model: DistributedDataParallel, optimizer: ChainedOptimizer, *, is_loading: bool) -> dict:
+    """Weights and optimizer as Megatron saves and loads them. A collective."""
     metadata = dict(CONTENT)  # Megatron adds this layout's groups to it
     weights = model.module.sharded_state_dict(metadata=metadata)
     return {
@@ -166,25 +122,19 @@ def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
         part.optimizer.state[parameter]["step"] = step.clone()
 
 
-def _layout() -> dict[str, int]:
+def layout_sizes() -> dict[str, int]:
+    """The layout as the manifest states it."""
     layout = current_layout()
     return {"tensor": layout.tensor_size, "pipeline": layout.pipeline_size, "data": layout.data_size}
 
 
-def _steps(folder: Path) -> list[Path]:
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, whole or damaged, without those still being written."""
     return [path for path in folder.glob("step_*") if path.is_dir() and path.suffix != ".tmp"]
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `latest`, and what crashes left half done."""
-    newest = (folder / "latest").read_text(encoding="utf-8").strip()
-    kept = sorted((path for path in _steps(folder) if path.name <= newest), reverse=True)[:keep]
-    for path in folder.glob("step_*"):
-        if path not in kept:
-            shutil.rmtree(path)
-
-
-def _digest(path: Path) -> dict[str, Any]:
+def file_digest(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as the manifest states them."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -210,7 +160,7 @@ def _verify(path: Path) -> None:
     damage = _damage(path)
     if damage is None:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        changed = [name for name in sorted(files)[rank::world] if _digest(path / name) != files[name]]
+        changed = [name for name in sorted(files)[rank::world] if file_digest(path / name) != files[name]]
         damage = (
             f"{changed[0]} is not as it was written" if changed else _foreign_class(path / "megatron" / ".metadata")
         )

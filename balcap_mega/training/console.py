@@ -122,8 +122,8 @@ class Console:
         left = clock(fmean(self._durations) * (total - step - 1))
         self._line([Text(place), *(column.cell(column.text(metrics)) for column in COLUMNS), Text(left.rjust(8))])
 
-    def stopped(self, reason: str, steps_done: int) -> None:
-        self._section(f"Stopped by {reason} after step {steps_done}; the same command goes on from there")
+    def stopped(self, reason: str) -> None:
+        self._section(f"Stopped by {reason}; the same command goes on from here")
 
     def finished(self, folder: Path) -> None:
         self._section(f"Done. Everything is in {folder}, the report in {folder / 'report.html'}")

@@ -1,10 +1,22 @@
 """The run folder: where everything a run leaves behind stands."""
 
+import errno
+import fcntl
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from balcap_mega.config.preflight import LOCK_FILE, RESOLVED_CONFIG
+from balcap_mega.errors import UserError
+
+LOCK_PATIENCE = 30.0
+"""Seconds: what an earlier process of the same run, killed a moment ago, may take to be gone."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +27,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        return self.root / "config.yaml"
+        return self.root / RESOLVED_CONFIG
 
     @property
     def initial(self) -> Path:
@@ -54,6 +66,47 @@ class RunFolder:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder for this process; the system lets go of it however the process ends.
+
+        Raises UserError while another one holds it: two runs in one folder would mix their checkpoints.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + LOCK_PATIENCE
+        with open(self.root / LOCK_FILE, "a+", encoding="utf-8") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        file.seek(0)
+                        raise UserError(
+                            f"output_dir={self.root} is in use by {file.read().strip()}",
+                            remedy="stop that run first, or give another output_dir",
+                        ) from None
+                    time.sleep(0.2)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+
+@contextmanager
+def full_disk_is_named(folder: Path) -> Iterator[None]:
+    """A disk or a quota that is used up is the user's to mend: UserError instead of OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or folder
+        raise UserError(
+            f"{where} could not be written: {error.strerror}",
+            remedy="make room there and start the same command again, it goes on from the last checkpoint",
+        ) from error
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
@@ -63,6 +116,16 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a power failure, as `fsync` has a file's content."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

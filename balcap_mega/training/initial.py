@@ -12,6 +12,7 @@ from balcap_mega.data.scenes import SceneRecord, flawed_caption
 from balcap_mega.models.checkpoint_io import export_checkpoint
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.tiny import write_tiny_checkpoint
+from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.parallel.groups import ModelLayout
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.training.batches import batch_builder
@@ -49,7 +50,7 @@ def warmed_up_checkpoint(
     """`initial` after `warmup.steps` supervised steps, vision included; done once a run, whole or not at all."""
     if config.warmup.steps == 0:
         return initial
-    if not folder.warmed_up.exists():
+    if not from_first_rank(folder.warmed_up.exists()):
         model = config.model.model_copy(update={"freeze_vision": False})
         learner = Learner(initial, model, config.parallel, config.optimizer, config.algorithm, platform)
         batches = batch_builder(PromptProcessor(initial), config, layout, learner.architecture)

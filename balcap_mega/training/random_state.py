@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 _TRACKER = "megatron."
 
@@ -26,7 +26,8 @@ def save_random_state(path: Path) -> None:
         tensors["cuda"] = torch.cuda.get_rng_state()
     tensors |= {_TRACKER + key: state.clone() for key, state in get_cuda_rng_tracker().get_states().items()}
     scalars = {"python": [python_version, python_gauss], "numpy": [name, position, has_gauss, gauss]}
-    save_file(tensors, path, metadata={"scalars": json.dumps(scalars)})
+    # Python writes the file: what a full disk refuses is then an OSError like any other.
+    path.write_bytes(save(tensors, metadata={"scalars": json.dumps(scalars)}))
 
 
 def load_random_state(path: Path) -> None:

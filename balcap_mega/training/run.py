@@ -1,6 +1,7 @@
 """A whole run: prepare the policy, evaluate, improve it step by step, evaluate again, and leave everything behind."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,42 +22,64 @@ from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import Prompts, batch_builder
+from balcap_mega.training.checkpoint_writer import CheckpointWriter
 from balcap_mega.training.console import Console
-from balcap_mega.training.folder import RunFolder, write_json, write_text
+from balcap_mega.training.folder import RunFolder, full_disk_is_named, write_json, write_text
 from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out, read_result, write_result
 from balcap_mega.training.initial import initial_checkpoint, warmed_up_checkpoint
 from balcap_mega.training.judging import count_words, patience
-from balcap_mega.training.learner import Learner
+from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.metrics import MetricsLogger, PhaseTimer
 from balcap_mega.training.report import write_report
-from balcap_mega.training.signals import StopRequest
+from balcap_mega.training.signals import Stopped, StopRequest, end_with_launcher
 from balcap_mega.training.trainer import Trainer
 
 
 def run(config: RunConfig) -> None:
     """Train as `config` says; go on from the last checkpoint in `config.output_dir` if there is one.
 
-    SIGINT, SIGTERM and SIGUSR1 end it after the current step, with a checkpoint. Raises UserError for bad input.
+    SIGINT, SIGTERM and SIGUSR1 end it before its next update, with a checkpoint. Raises UserError for bad input.
     """
     resuming = preflight(config, world_size())
-    stop, phase = StopRequest(), PhaseTimer()
+    end_with_launcher()
+    stop = StopRequest(config.checkpoint.grace_seconds)
     platform = Platform.resolve(config.parallel.device)
     layout = initialize_parallel(config.parallel, platform, config.seed)
     leads = torch.distributed.get_rank() == 0
     folder = RunFolder(Path(config.output_dir))
-    if leads and not resuming:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        write_text(folder.config, dump_config(config))
-    torch.distributed.barrier()
-    console = Console(config, layout, enabled=leads)
+    with full_disk_is_named(folder.root), folder.held() if leads else nullcontext():
+        if leads and not resuming:
+            write_text(folder.config, dump_config(config))
+        torch.distributed.barrier()
+        console = Console(config, layout, enabled=leads)
+        try:
+            train(config, folder, layout, platform, console, stop)
+        except Stopped as signal:
+            console.stopped(str(signal))
+
+
+def train(
+    config: RunConfig,
+    folder: RunFolder,
+    layout: ModelLayout,
+    platform: Platform,
+    console: Console,
+    stop: StopRequest,
+) -> None:
+    """The run itself, in a folder that is its own. Raises Stopped, after a checkpoint, when asked to stop."""
+    leads, phase = torch.distributed.get_rank() == 0, PhaseTimer()
+
+    def warmup_step(number: int, result: UpdateResult) -> None:
+        console.warmup_step(number, result)
+        stop.check(platform.device)
 
     train_set, eval_set = build_datasets(config.data, config.seed)
     with phase("warmup"):
         initial = initial_checkpoint(config, folder, train_set)
-        start = warmed_up_checkpoint(config, initial, folder, train_set, layout, platform, console.warmup_step)
+        start = warmed_up_checkpoint(config, initial, folder, train_set, layout, platform, warmup_step)
     with phase("setup"):
-        trainer = build_trainer(config, start, train_set, layout, platform)
-        first_step = trainer.resume(folder.checkpoints)
+        trainer = build_trainer(config, start, train_set, layout, platform, folder, stop)
+        first_step = trainer.resume()
         trainer.refit.run()
 
     def held_out() -> HeldOutResult:
@@ -79,20 +102,20 @@ def run(config: RunConfig) -> None:
     with MetricsLogger(folder.root, first_step, enabled=leads) as log, phase("reinforcement"):
         for step in range(first_step, config.steps):
             try:
+                stop.check(platform.device)
                 metrics = trainer.step(step)
-            except TooManyMissing:  # all ranks see it, before the update: the steps so far are worth keeping
-                trainer.save(folder.checkpoints, step)
+            except (Stopped, TooManyMissing):  # on all ranks, before the update: the steps so far are worth keeping
+                trainer.save(step)
+                trainer.checkpoints.finish()
                 raise
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 metrics |= {f"held_out/{name}": score for name, score in held_out().scores.items()}
             log(step, metrics)
             console.step(step, metrics)
-            stopping = stop.agreed(platform.device)
-            if stopping or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-                trainer.save(folder.checkpoints, step + 1)
-            if stopping:
-                console.stopped(stop.reason, step + 1)
-                return
+            trainer.checkpoints.poll()
+            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
+                trainer.save(step + 1)
+        trainer.checkpoints.finish()
     after = held_out()
     console.evaluation("after", after.scores)
     trainer.judge.close()
@@ -109,7 +132,13 @@ def run(config: RunConfig) -> None:
 
 
 def build_trainer(
-    config: RunConfig, start: Path, dataset: CaptionDataset, layout: ModelLayout, platform: Platform
+    config: RunConfig,
+    start: Path,
+    dataset: CaptionDataset,
+    layout: ModelLayout,
+    platform: Platform,
+    folder: RunFolder,
+    stop: StopRequest,
 ) -> Trainer:
     """The learner with the weights of `start`, the engine beside it, and what lies between them. A collective."""
     learner = Learner(
@@ -137,4 +166,11 @@ def build_trainer(
         batches=batch_builder(processor, config, layout, learner.architecture),
         learner=learner,
         refit=build_refit(learner.policy, engine, config.parallel),
+        checkpoints=CheckpointWriter(
+            folder.checkpoints,
+            platform,
+            keep=config.checkpoint.keep,
+            timeout_seconds=config.checkpoint.timeout_seconds,
+        ),
+        stop=stop,
     )

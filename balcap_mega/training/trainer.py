@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.config.schema import RunConfig
@@ -11,15 +10,18 @@ from balcap_mega.data.sampler import PromptSampler
 from balcap_mega.rewards.collect import build_reward_batch
 from balcap_mega.rewards.judge import Judge
 from balcap_mega.rewards.missing import refuse_missing
+from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import Refit
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import BatchBuilder, Prompts
-from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint
+from balcap_mega.training.checkpoint_writer import CheckpointWriter
 from balcap_mega.training.judging import Judging, patience
 from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.metrics import PhaseTimer
 from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
+from balcap_mega.training.signals import StopRequest
 from balcap_mega.training.step_metrics import step_metrics
 
 
@@ -37,9 +39,14 @@ class Trainer:
     batches: BatchBuilder
     learner: Learner
     refit: Refit
+    checkpoints: CheckpointWriter
+    stop: StopRequest
 
     def step(self, number: int) -> dict[str, float]:
-        """Run step `number` (from 0) and return its metrics. A collective."""
+        """Run step `number` (from 0) and return its metrics. A collective.
+
+        Raises Stopped or TooManyMissing, both before the update: the weights are still those of `number` steps.
+        """
         phase = PhaseTimer()
         with phase("data"):
             prompts = Prompts(self.dataset, self.sampler.indices(number))
@@ -55,6 +62,7 @@ class Trainer:
             advantages = compute_advantages(rewards, self.config.algorithm)
         with phase("packing"):
             batches = self.batches.from_rollouts(prompts, groups, advantages, self.config.optimizer.updates_per_step)
+        self.stop.check(self.learner.platform.device)
         with phase("update"):
             self.learner.set_learning_rate(self.learning_rate(number))
             updates = self.update(batches.minibatches)
@@ -81,16 +89,15 @@ class Trainer:
         optimizer = self.config.optimizer
         return optimizer.learning_rate * min(1.0, (number + 1) / max(optimizer.warmup_steps, 1))
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint after `step` steps. Prompts, seeds and batches follow from the step number alone."""
-        with self.learner.platform.megatron():
-            learner, keep = self.learner, self.config.checkpoint.keep
-            save_checkpoint(folder, step, learner.model, learner.optimizer, {"step": step}, keep=keep)
+    def save(self, step: int) -> None:
+        """Begin a checkpoint after `step` steps. Prompts, seeds and batches follow from the step number alone."""
+        self.checkpoints.start(step, self.learner.model, self.learner.optimizer, {"step": step})
 
-    def resume(self, folder: Path) -> int:
-        """Load the last checkpoint in `folder`, if any; return the number of steps it has behind it."""
-        path = latest_checkpoint(folder)
-        if path is None:
-            return 0
-        with self.learner.platform.megatron():
-            return load_checkpoint(path, self.learner.model, self.learner.optimizer)["step"]
+    def resume(self) -> int:
+        """Load the last checkpoint, if any; return the number of steps it has behind it."""
+        path = from_first_rank(latest_checkpoint(self.checkpoints.folder))
+        if path is not None:
+            with self.learner.platform.megatron():
+                extra = load_checkpoint(path, self.learner.model, self.learner.optimizer)
+            self.checkpoints.last = extra["step"]
+        return self.checkpoints.last

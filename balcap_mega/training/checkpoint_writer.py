@@ -1,0 +1,242 @@
+"""Checkpoints written while training goes on: a snapshot, its files from a thread, published once every rank has them.
+
+Megatron plans the save and stages it (`async_sharded_save`); its own callers would then fork this process, with a
+vLLM engine and CUDA contexts in it. Writing leaves Python's lock alone, so a thread serves as well. Format and loading
+are those of `checkpoint`.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from queue import Queue, SimpleQueue
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch import Tensor
+
+from balcap_mega.errors import UserError
+from balcap_mega.parallel.agreement import all_ranks
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.training.checkpoint import (
+    CONTENT,
+    LATEST,
+    MANIFEST,
+    file_digest,
+    layout_sizes,
+    sharded_state,
+    step_folders,
+)
+from balcap_mega.training.folder import sync_folder, write_json, write_text
+from balcap_mega.training.random_state import save_random_state
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint on its way: `written` ends with the digests of this rank's files, by name."""
+
+    step: int
+    extra: Mapping[str, Any]
+    request: AsyncRequest
+    written: Future[dict[str, Any]]
+
+
+class CheckpointWriter:
+    """Writes checkpoints to `folder`, one at a time, and keeps the `keep` newest. Every method is a collective.
+
+    timeout_seconds: how long `finish` waits for the files of all ranks
+    last:            the step of the newest published checkpoint, 0 before there is one: that is where a run begins
+    """
+
+    def __init__(self, folder: Path, platform: Platform, *, keep: int, timeout_seconds: float, last: int = 0):
+        self.folder, self.keep, self.timeout_seconds, self.last = folder, keep, timeout_seconds, last
+        self._platform = platform
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: _Save | None = None
+
+    def start(
+        self, step: int, model: DistributedDataParallel, optimizer: ChainedOptimizer, extra: Mapping[str, Any]
+    ) -> None:
+        """Take a snapshot of this very moment and return; its files are written from a thread.
+
+        `extra` is anything JSON can hold, the same on all ranks. Host memory until it is published: the rank's weights,
+        and 12 bytes for each trained parameter of a tensor x pipeline shard on its first data-parallel rank. An earlier
+        checkpoint that is still on its way is waited for; one of this step is not written again.
+        """
+        self.finish()
+        if step <= self.last:
+            return
+        partial = self._partial(step)
+        with self._platform.megatron(), self._naming(step):
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / "megatron").mkdir(parents=True)
+                (partial / "random").mkdir()
+            torch.distributed.barrier()
+            own_files = [partial / "random" / f"rank_{torch.distributed.get_rank():05d}.safetensors"]
+            save_random_state(own_files[0])
+            if torch.distributed.get_rank() == 0:
+                own_files.append(partial / "megatron" / "common.pt")
+            filesystem_async._results_queue = SimpleQueue()  # else Megatron starts a process to hold its results
+            request = dist_checkpointing.save(
+                sharded_state(model, optimizer, is_loading=False),
+                str(partial / "megatron"),
+                TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                async_sharded_save=True,
+                content_metadata=dict(CONTENT),
+            )
+            buckets = _snapshot(request, _changing_memory(model, optimizer))
+        written = self._thread.submit(_write, request, buckets, own_files, partial)
+        self._pending = _Save(step, dict(extra), request, written)
+
+    def poll(self) -> None:
+        """Publish the checkpoint on its way if every rank has written its files. Raises UserError if one could not."""
+        save = self._pending
+        if save is not None and all_ranks(save.written.done(), self._platform.device):
+            self._pending = None
+            self._publish(save)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint on its way, if there is one."""
+        deadline = time.monotonic() + self.timeout_seconds
+        while self._pending is not None:
+            self.poll()
+            if self._pending is not None and time.monotonic() > deadline:
+                state = "has written its files" if self._pending.written.done() else "is still writing its files"
+                raise TimeoutError(
+                    f"checkpoint.timeout_seconds={self.timeout_seconds} passed and the checkpoint of step "
+                    f"{self._pending.step} is not whole; this rank {state}"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _publish(self, save: _Save) -> None:
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        failure = save.written.exception()
+        reports: list[Any] = [None] * world
+        torch.distributed.all_gather_object(reports, save.written.result() if failure is None else str(_first(failure)))
+        for number, report in enumerate(reports):
+            if isinstance(report, str):
+                raise self._failed(save.step, f"rank {number}: {report}")
+        with self._platform.megatron(), self._naming(save.step):
+            for finalize in save.request.finalize_fns:
+                finalize()
+            if rank == 0:
+                files = {name: digest for report in reports for name, digest in report.items()}
+                self._rename(save, files)
+        torch.distributed.barrier()
+        self.last = save.step
+
+    def _rename(self, save: _Save, files: dict[str, Any]) -> None:
+        partial, final = self._partial(save.step), self.folder / f"step_{save.step:06d}"
+        for name in ("megatron/.metadata", "megatron/metadata.json"):  # which Megatron writes last, on this rank
+            files[name] = file_digest(partial / name)
+        manifest = {"step": save.step, "layout": layout_sizes(), "extra": save.extra, "files": files}
+        write_json(partial / MANIFEST, manifest)
+        shutil.rmtree(final, ignore_errors=True)  # one that was found damaged
+        os.rename(partial, final)
+        sync_folder(self.folder)
+        write_text(self.folder / LATEST, final.name + "\n")
+        self._prune(final.name)
+
+    def _prune(self, newest: str) -> None:
+        """Delete all but the `keep` newest checkpoints up to `newest`, and what crashes left half done."""
+        kept = sorted((path for path in step_folders(self.folder) if path.name <= newest), reverse=True)[: self.keep]
+        for path in self.folder.glob("step_*"):
+            if path not in kept:
+                shutil.rmtree(path)
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}.tmp"
+
+    @contextmanager
+    def _naming(self, step: int) -> Iterator[None]:
+        """What the disk refuses on one rank while all are busy with a checkpoint ends the run as a failed write does."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError
+            raise self._failed(step, str(_first(error))) from error
+
+    def _failed(self, step: int, reason: str) -> UserError:
+        """Make room again, and say what happened."""
+        shutil.rmtree(self._partial(step), ignore_errors=True)
+        since = f"step {self.last}" if self.last else "the beginning"
+        return UserError(
+            f"the checkpoint of step {step} could not be written to {self.folder}: {reason}",
+            remedy=f"make room there and start the same command again, it goes on from {since}",
+        )
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong before all else: torch.save answers a full disk with a complaint of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def _snapshot(request: AsyncRequest, changing: set[int]) -> list[WriteBucket]:
+    """This rank's part of the save with all tensors on the host, and none of them in memory that training changes."""
+    if request.async_fn is None:  # every tensor is another rank's to write
+        return []
+    _, buckets, _ = request.async_fn_args
+    return [
+        (
+            path,
+            name,
+            (
+                objects,
+                [
+                    (item, tensor.to("cpu", copy=tensor.untyped_storage().data_ptr() in changing))
+                    for item, tensor in tensors
+                ],
+            ),
+        )
+        for path, name, (objects, tensors) in buckets
+    ]
+
+
+def _changing_memory(model: DistributedDataParallel, optimizer: ChainedOptimizer) -> set[int]:
+    """Where weights and optimizer state live: what Megatron gathered or copied for the save lies elsewhere."""
+    policy = model.module
+    tensors = chain(policy.parameters(), policy.buffers(), _tensors(optimizer))
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _tensors(optimizer: ChainedOptimizer) -> Iterable[Tensor]:
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _write(
+    request: AsyncRequest, buckets: Sequence[WriteBucket], own_files: Sequence[Path], partial: Path
+) -> dict[str, Any]:
+    """Write the buckets, hand Megatron the results it finalizes with, and return the digests of all of `own_files`."""
+    if request.async_fn is not None:
+        [transforms, *_], [*_, results] = request.async_fn.args, request.async_fn_args
+        written = {}
+        for number, bucket in enumerate(buckets):
+            outcome, count = SimpleQueue(), Queue()
+            count.put(number)
+            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, outcome, count, use_fsync=True)
+            _, written[number] = outcome.get()
+            if isinstance(written[number], Exception):
+                raise written[number]
+        results.put(written)
+    files = [*own_files, *(Path(path) for path, _, _ in buckets)]
+    return {str(file.relative_to(partial)): file_digest(file) for file in files}

@@ -1,0 +1,78 @@
+"""A run that is killed again and again, at moments nobody chose, ends as one that was left alone."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.killed_run import KillPlan
+from tests.test_pretrain_rl import ROOT, rows, weights, without_timing
+
+STEPS = 10
+# Where the time goes, and where something is left behind; each moment's longest delay in seconds covers it.
+BEFORE_STEPS = {"warmup": 4.0, "setup": 8.0, "evaluation": 1.5}
+IN_STEPS = {"rollout": 1.2, "rewards": 0.05, "update": 0.5, "refit": 0.1, "checkpoint": 0.08}
+AT_THE_END = {"export": 0.1}
+OVERRIDES = [f"steps={STEPS}", "eval_every=3", "checkpoint.every=2", "warmup.steps=4", "data.eval_size=4"]
+
+
+def plans(count: int, victims: list[str], seed: int) -> list[KillPlan]:
+    """`count` kills, in the order in which a run that always goes on meets them."""
+    draw = random.Random(seed)
+    moments = [*BEFORE_STEPS.items(), *AT_THE_END.items()]
+    inside = list(IN_STEPS.items())
+    chosen = [(moment, -1, longest) for moment, longest in BEFORE_STEPS.items()]
+    for number in range(count - len(moments)):
+        moment, longest = inside[number % len(inside)]
+        chosen.append((moment, number * STEPS // (count - len(moments)), longest))
+    chosen += [(moment, -1, longest) for moment, longest in AT_THE_END.items()]
+    return [
+        KillPlan(moment, step, draw.uniform(0, longest), victims[number % len(victims)])
+        for number, (moment, step, longest) in enumerate(chosen)
+    ]
+
+
+def start(output: Path, ranks: int, overrides: list[str], plan: KillPlan | None = None) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    script = ["tests/killed_run.py", "--config", "configs/scenes_smoke.yaml", f"output_dir={output}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(plan.environment() if plan else {})}
+    return subprocess.run(
+        [sys.executable, *launcher, *script, *OVERRIDES, *overrides],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+
+
+def finish(output: Path, ranks: int, overrides: list[str]) -> Path:
+    done = start(output, ranks, overrides)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return output
+
+
+def assert_same_end(ours: Path, theirs: Path) -> None:
+    assert list(map(without_timing, rows(ours))) == list(map(without_timing, rows(theirs)))
+    assert len(rows(ours)) == STEPS
+    mine, other = weights(ours / "policy"), weights(theirs / "policy")
+    assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+ONE_RANK = ["parallel={device: cpu, tensor: 1, sequence: false}", "rollout.tensor_parallel=1"]
+CHAINS = [
+    pytest.param(1, ONE_RANK, 12, ["rank"], id="one process"),
+    pytest.param(2, [], 8, ["rank", "all", "launcher"], id="two ranks under torchrun"),
+]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("ranks", "overrides", "kills", "victims"), CHAINS)
+def test_killed_at_random_moments_it_ends_as_if_left_alone(ranks, overrides, kills, victims, tmp_path):
+    whole = finish(tmp_path / "whole", ranks, overrides)
+    killed = tmp_path / "killed"
+    for plan in plans(kills, victims, seed=ranks):
+        stopped = start(killed, ranks, overrides, plan)
+        assert stopped.returncode != 0, f"{plan} killed nothing"
+        assert "Error" not in stopped.stderr.replace("ChildFailedError", "") or ranks > 1, stopped.stderr[-4000:]
+    assert_same_end(finish(killed, ranks, overrides), whole)
