@@ -23,7 +23,7 @@ class KillPlan:
     """Kill `delay` seconds after `moment` begins for the first time at or after `step`.
 
     moment: a phase of the run or of its step, or "checkpoint": the thread that writes one
-    victim: rank 1 alone (rank 0 if it is alone), all ranks with their launcher, or the launcher alone
+    victim: the last rank alone, all ranks with their launcher, or the launcher alone; what torchrun restarts is spared
     """
 
     moment: str
@@ -79,6 +79,6 @@ def _plant(plan: KillPlan) -> None:
 
 
 if __name__ == "__main__":
-    if VARIABLE in os.environ:
+    if VARIABLE in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         _plant(KillPlan(**json.loads(os.environ[VARIABLE])))
     runpy.run_path(str(PRETRAIN), run_name="__main__")

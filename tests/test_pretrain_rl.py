@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,9 +79,17 @@ def test_exported_policy_loads_in_transformers(finished):
     assert moved and not any("visual" in name for name in moved), "RL moves the language model and leaves vision alone"
 
 
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The Euclidean distance of all weights."""
+    return sum((ours[name].double() - theirs[name].double()).square().sum() for name in theirs).sqrt().item()
+
+
 def test_interrupted_run_continues_to_the_same_weights(finished, tmp_path):
-    """SIGTERM to the ranks after the first step; the same command then ends where the uninterrupted run ended."""
-    output = tmp_path / "interrupted"
+    """SIGTERM to the ranks after the first step; the same command then ends where the uninterrupted run ended.
+
+    Another layout, whose sums round otherwise, ends near there.
+    """
+    output, moved = tmp_path / "interrupted", tmp_path / "moved"
     process = subprocess.Popen(
         command(output), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -94,12 +103,18 @@ def test_interrupted_run_continues_to_the_same_weights(finished, tmp_path):
     log = process.communicate(timeout=120)[0]
     assert process.returncode == 0, log[-4000:]
     assert len(rows(output)) < 3, "the run was to stop early"
+    shutil.copytree(output, moved)
 
     done = train(output)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert list(map(without_timing, rows(output))) == list(map(without_timing, rows(finished)))
     ours, theirs = weights(output / "policy"), weights(finished / "policy")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    done = train(moved, "parallel={device: cpu, pipeline: 2}", "rollout.tensor_parallel=1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    travelled = distance(weights(output / "warmed_up"), theirs)
+    assert 0 < distance(weights(moved / "policy"), theirs) < 0.02 * travelled
 
 
 @pytest.mark.parametrize(
