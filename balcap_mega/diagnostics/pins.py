@@ -1,0 +1,77 @@
+"""Installed versions against what this package asks for (setup.py, as installed) and against the lock file."""
+
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from balcap_mega.diagnostics.finding import Finding
+
+DISTRIBUTION = "balcap-mega"
+LOCKED = re.compile(r"([A-Za-z0-9._-]+)==(\S+)")
+PYTHONS = {"cpu": (3, 11), "cuda": (3, 12)}  # that the lock files are resolved for
+
+
+def requirements(extra: str = "") -> list[Requirement]:
+    """What setup.py asks for under that extra, or without one."""
+    found = []
+    for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
+        if requirement.marker is None:
+            wanted = extra == ""
+        else:
+            wanted = extra != "" and requirement.marker.evaluate({"extra": extra})
+        if wanted:
+            requirement.marker = None
+            found.append(requirement)
+    return found
+
+
+def check_python(stack: str) -> Finding:
+    """`stack` is cpu or cuda."""
+    running = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] == PYTHONS[stack]:
+        return Finding("python", "ok", running)
+    wanted = ".".join(map(str, PYTHONS[stack]))
+    return Finding("python", "warn", f"{running}; launch/{stack}.lock is for {wanted}", f"make .venv with Python {wanted}")
+
+
+def check_requirements(stack: str) -> Finding:
+    """FAIL for a package that is missing, or of a version that setup.py refuses."""
+    asked = [*requirements(), *(requirements("cuda") if stack == "cuda" else ())]
+    problems = []
+    for requirement in asked:
+        installed = _version(requirement.name)
+        if installed is None:
+            problems.append(f"{requirement.name} is missing")
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            problems.append(f"{requirement.name} {installed} instead of {requirement.specifier}")
+    if problems:
+        return Finding("packages", "FAIL", "; ".join(problems), f"bash launch/install.sh{_option(stack)}")
+    return Finding("packages", "ok", f"{len(asked)} requirements of setup.py met, torch {_version('torch')}")
+
+
+def check_lock(lock: Path, stack: str) -> Finding:
+    """warn about packages of other versions than `lock` names: they may work, but nobody has tried."""
+    pins = dict(LOCKED.fullmatch(line).groups() for line in lock.read_text().splitlines() if LOCKED.fullmatch(line))
+    differing = [
+        f"{name} {_version(name) or 'missing'} instead of {pinned}"
+        for name, pinned in pins.items()
+        if _version(name) not in (pinned, pinned.split("+")[0])
+    ]
+    if differing:
+        some = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
+        return Finding("lock", "warn", f"{some} (launch/{lock.name})", f"bash launch/install.sh{_option(stack)}")
+    return Finding("lock", "ok", f"all {len(pins)} packages are those of launch/{lock.name}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _option(stack: str) -> str:
+    return " --cuda" if stack == "cuda" else ""
