@@ -32,7 +32,7 @@ torch_index() { # COMMAND...: pip's command, tried without that index
 
 download_wheels() {
     local python="${PYTHON:-python3}" lock source link platforms=() index
-    for platform in manylinux_2_{31,28,27,24,17,12,5} manylinux{2014,2010,1} linux; do
+    for platform in manylinux_2_{31..5} manylinux{2014,2010,1} linux; do
         platforms+=(--platform "${platform}_x86_64")
     done
     mkdir -p "$download"
@@ -57,7 +57,10 @@ download_wheels() {
     echo "    bash launch/install.sh${options} --wheels DIR"
 }
 options="$([ "$stack" = cpu ] || echo " --$stack")${test:+ --test}"
-if [ -n "$download" ]; then download_wheels && exit; fi
+if [ -n "$download" ]; then
+    download_wheels
+    exit
+fi
 
 if [ ! -x .venv/bin/pip ]; then
     python="${PYTHON:-python$version}"
