@@ -11,7 +11,7 @@ Status = Literal["ok", "warn", "FAIL"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the checklist. `FAIL` stops a run or spoils it, `warn` may; either says in `remedy` what to do."""
+    """One line of the checklist. `FAIL` ends a run or spoils it, `warn` may; both say in `remedy` what to do."""
 
     name: str
     status: Status
@@ -20,15 +20,15 @@ class Finding:
 
 
 def attempt(name: str, check: Callable[[], Finding]) -> Finding:
-    """`check()`, where what it raises is a FAIL: bad input with its own remedy, anything else as what it is."""
+    """`check()`; what it raises is a FAIL: bad input with its own remedy, anything else under its own name."""
     try:
         return check()
     except UserError as error:
         return Finding(name, "FAIL", error.problem, error.remedy)
     except Exception as error:
-        return Finding(name, "FAIL", f"{type(error).__name__}: {error}", "this is a bug, or a broken installation")
+        return Finding(name, "FAIL", f"{type(error).__name__}: {error}", "mend the installation: bash launch/install.sh")
 
 
-def at_most(name: str, status: Status, detail: str, problems: list[str], remedy: str) -> Finding:
-    """ok with `detail` if there are no `problems`, else `status` with them and the remedy."""
-    return Finding(name, status, "; ".join(problems), remedy) if problems else Finding(name, "ok", detail)
+def some(items: list[str], limit: int = 4) -> str:
+    """The first few of `items`, and how many more there are."""
+    return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")

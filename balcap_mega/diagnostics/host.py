@@ -1,0 +1,87 @@
+"""What a node must have beside its GPUs: shared memory, main memory, disk, open files."""
+
+import os
+import resource
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.diagnostics.finding import Finding
+
+GIB = 2**30
+SHARED_MEMORY_NEEDED, SHARED_MEMORY_WANTED = GIB // 8, GIB
+OPEN_FILES = 4096
+CHECKPOINT_BYTES = 14  # a parameter: bfloat16 itself, and float32 of it and of AdamW's two moments
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of one node, in bytes, counted from above: frozen parameters have no moments.
+
+    disk:   `checkpoint.keep` checkpoints, the one that is written beside them, and the exported policy
+    memory: on GPUs, the weights of the sleeping engines and the node's share of a checkpoint on its way to the disk;
+            on a CPU, also the policy with its gradients and optimizer
+    """
+
+    disk: int
+    memory: int
+
+    @classmethod
+    def of(cls, config: RunConfig, parameters: int, world_size: int, local_ranks: int, on_cuda: bool) -> "Needs":
+        weights = parameters * (4 if config.model.dtype == "float32" else 2)
+        checkpoint = parameters * CHECKPOINT_BYTES
+        disk = (config.checkpoint.keep + 1) * checkpoint + weights
+        memory = local_ranks * weights // config.rollout.tensor_parallel + checkpoint * local_ranks // world_size
+        if not on_cuda:
+            shards = config.parallel.tensor * config.parallel.pipeline
+            memory += local_ranks * (weights + 4 * parameters + checkpoint) // shards
+        return cls(disk, memory)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+    """NCCL and vLLM meet in it; containers start with 64 MiB."""
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / GIB:.2f} GiB free in {folder}"
+    if free < SHARED_MEMORY_WANTED:
+        remedy = "start the container with --ipc=host or --shm-size=16g, or delete what dead jobs left there"
+        return Finding("shared memory", "FAIL" if free < SHARED_MEMORY_NEEDED else "warn", detail, remedy)
+    return Finding("shared memory", "ok", detail)
+
+
+def check_memory(needs: Needs | None) -> Finding:
+    """What is needed against what can be had without swapping."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    detail = f"{available / GIB:.1f} GiB available"
+    if needs is None:
+        return Finding("memory", "ok", detail)
+    detail += f", about {needs.memory / GIB:.1f} GiB needed"
+    if available < needs.memory:
+        remedy = "use more nodes or fewer ranks a node, raise rollout.tensor_parallel, or end other programs"
+        return Finding("memory", "FAIL", detail, remedy)
+    return Finding("memory", "ok", detail)
+
+
+def check_disk(folder: Path, needs: Needs | None) -> Finding:
+    """Free space, for this user, on the file system where `folder` is or will be."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    space = os.statvfs(place)
+    free, needed = space.f_bavail * space.f_frsize, needs.disk if needs else GIB
+    detail = f"{free / GIB:.1f} GiB free for output_dir={folder}, at most {needed / GIB:.1f} GiB needed"
+    if free < needed:
+        remedy = "free space there, give another output_dir, or lower checkpoint.keep"
+        return Finding("disk", "FAIL", detail, remedy)
+    return Finding("disk", "ok", detail)
+
+
+def check_open_files(config: RunConfig | None) -> Finding:
+    """Each request to a judge holds one, and so does each rank that the launcher's store serves."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    judging = config.rewards.endpoint.concurrency if config and config.rewards.endpoint else 0
+    wanted = OPEN_FILES + 2 * judging
+    detail = f"a process may have {soft}"
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        remedy = f"ulimit -n {wanted}" if hard == resource.RLIM_INFINITY or hard >= wanted else "raise the hard limit"
+        return Finding("open files", "warn", detail, f"{remedy}, in the shell that starts the run")
+    return Finding("open files", "ok", detail)

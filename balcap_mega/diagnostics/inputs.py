@@ -1,0 +1,89 @@
+"""What a run reads: its configuration, data, judge and checkpoint, each really used once."""
+
+import math
+import time
+
+from balcap_mega.config.preflight import check_batch, check_device, check_model, check_output
+from balcap_mega.config.preflight import check_data as check_data_files
+from balcap_mega.config.schema import JudgeEndpoint, RunConfig
+from balcap_mega.data.records import CaptionRecord
+from balcap_mega.data.sources import build_datasets
+from balcap_mega.diagnostics.finding import Finding
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.checkpoint_files import check_checkpoint as check_tensors
+from balcap_mega.models.huggingface_tensors import huggingface_shapes
+from balcap_mega.rewards.mllm.judge import MllmJudge
+
+RECORDS = 8  # decoded for a look
+JUDGE_SECONDS = 30  # a reply may take, here
+
+
+def check_config(config: RunConfig, world_size: int) -> Finding:
+    """Does it fit `world_size` ranks, this node's devices and what its output folder holds already?"""
+    check_batch(config, world_size)
+    check_device(config)
+    resuming = check_output(config)
+    what = f"goes on with the run in {config.output_dir}" if resuming else f"starts a new run in {config.output_dir}"
+    return Finding("config", "ok", f"fits {world_size} ranks; {what}")
+
+
+def check_data(config: RunConfig, records: list[CaptionRecord]) -> Finding:
+    """The first records, decoded as the run decodes them, are added to `records`."""
+    check_data_files(config.data)
+    train, held_out = build_datasets(config.data, config.seed)
+    start = time.monotonic()
+    records += [train[index] for index in range(min(RECORDS, len(train)))] + [held_out[0]]
+    milliseconds = 1000 * (time.monotonic() - start) / len(records)
+    width, height = records[0].image.size
+    detail = f"{len(train)} records to train on, {len(held_out)} held out; the first is {width} x {height}"
+    corrupt = getattr(train, "corrupt", 0)
+    if corrupt:
+        return Finding("data", "warn", f"{corrupt} of the first {RECORDS} images are corrupt", "replace them")
+    return Finding("data", "ok", f"{detail}, {milliseconds:.0f} ms an image")
+
+
+def endpoints(config: RunConfig) -> list[JudgeEndpoint]:
+    rewards = config.rewards
+    return list(dict.fromkeys([rewards.endpoint, *rewards.component_endpoints.values()])) if rewards.endpoint else []
+
+
+def check_judge(config: RunConfig, endpoint: JudgeEndpoint, records: list[CaptionRecord]) -> Finding:
+    """One small question, for the latency; then whole judgements of the records' own references, images included."""
+    name = f"judge {endpoint.model}"
+    patient = {"timeout_seconds": min(JUDGE_SECONDS, endpoint.timeout_seconds), "max_retries": 0}
+    asked = {"endpoint": endpoint.model_copy(update=patient), "component_endpoints": {}, "cache_dir": None}
+    judge = MllmJudge(config.rewards.model_copy(update=asked))
+    try:
+        start = time.monotonic()
+        judge.check()
+        latency = time.monotonic() - start
+        judgements = [judge.submit(record, record.reference) for record in records]
+        for judgement in (future.result(timeout=4 * JUDGE_SECONDS) for future in judgements):
+            if None in (judgement.assertions, judgement.covered, judgement.clarity):
+                why = ", ".join(judge.report().failures)
+                remedy = "serve a model that takes images, gives JSON-schema output, and has the context for both"
+                return Finding(name, "FAIL", f"answers text in {latency:.2f} s but judges no image ({why})", remedy)
+        whole = time.monotonic() - start - latency
+        return Finding(name, "ok", f"answers in {latency:.2f} s, judges a caption of an image in {whole:.2f} s")
+    finally:
+        judge.close()
+
+
+def check_checkpoint(config: RunConfig) -> Finding:
+    """Is every tensor there, whole, in its shape, and can the layout cut it? Reads headers only."""
+    check_model(config.model, config.parallel, config.rollout)
+    architecture = Architecture.from_folder(config.model.path)
+    architecture.check_layout(config.parallel)
+    stored = check_tensors(config.model.path, architecture)
+    size = sum(math.prod(tensor.shape) for tensor in stored.values()) / 1e9
+    files = len({tensor.file for tensor in stored.values()})
+    return Finding("checkpoint", "ok", f"{architecture.family}, {size:.2f} billion parameters in {files} files")
+
+
+def count_parameters(folder: str) -> int | None:
+    """By config.json alone; None where that cannot be read, which `check_checkpoint` says better."""
+    try:
+        architecture = Architecture.from_folder(folder)
+    except Exception:
+        return None
+    return sum(math.prod(shape) for shape in huggingface_shapes(architecture).values())
