@@ -23,7 +23,8 @@ setup(
         ]
     },
     # What the package itself imports, but vLLM, whose CPU build has another name. All is pinned in two places:
-    # launch/cpu.lock (Linux without a GPU, Python 3.11) and the extra `cuda` (H100, Python 3.12).
+    # launch/cpu.lock (Linux without a GPU, Python 3.11) and launch/cuda.lock (H100, Python 3.12), which launch/lock.sh
+    # resolves from this file and its extra `cuda`.
     install_requires=[
         "aiohttp>=3.14",
         "jinja2>=3.1",
@@ -44,6 +45,7 @@ setup(
     extras_require={
         "cuda": [
             "nvidia-dali-cuda130==2.4.0",
+            "nvidia-ml-py>=13",
             "transformer-engine[core-cu13,pytorch]==2.11.0",
             "vllm==0.32.0",
         ],
@@ -55,6 +57,7 @@ setup(
             "pytest-xdist==3.8.0",
             "scikit-image==0.26.0",
             "trl==1.16.0",
+            "uv==0.13.9",  # resolves launch/cuda.lock, see launch/lock.sh
         ],
     },
     package_data={"balcap_mega": ["**/*.txt", "**/*.md", "**/*.json", "**/*.html"]},

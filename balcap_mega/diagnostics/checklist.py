@@ -97,9 +97,7 @@ def check_ranks(platform: Platform, job: Job) -> Iterator[Finding]:
         if job.store is None:
             timings.extend(collectives.measure_locally(platform.device.type, job.local_ranks, COLLECTIVE_SECONDS))
         else:
-            timings.extend(
-                collectives.measure(platform, job.store, job.rank, job.world_size, COLLECTIVE_SECONDS)
-            )
+            timings.extend(collectives.measure(platform, job.store, job.rank, job.world_size, COLLECTIVE_SECONDS))
         return collectives.judge_timings(timings, platform)
 
     finding = attempt(f"collectives ({platform.backend})", measure)

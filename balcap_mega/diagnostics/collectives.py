@@ -30,7 +30,9 @@ from balcap_mega.parallel.platform import Platform
 
 REPEATS = 5  # the best one counts: what else runs on the machine is not what is asked about
 SLOW = 3.0  # times the median rank
-NETWORK = "check the links between nodes; NCCL_DEBUG=INFO says which it takes, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose"
+NETWORK = (
+    "check the links between nodes; NCCL_DEBUG=INFO says which it takes, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose"
+)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def judge_timings(timings: Sequence[RankTiming], platform: Platform) -> Finding:
         if getattr(t, field) > SLOW * usual
     ]
     if slow:
-        return Finding(name, "warn", f"{detail}; {some(slow)}", "look at that node's GPU clocks and links, or leave it out")
+        return Finding(
+            name, "warn", f"{detail}; {some(slow)}", "look at that node's GPU clocks and links, or leave it out"
+        )
     return Finding(name, "ok", detail)
 
 
@@ -208,7 +212,9 @@ def measure_locally(device: str, ranks: int, timeout: float) -> list[RankTiming]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=6 * timeout)
         except subprocess.TimeoutExpired:
-            raise UserError(f"{ranks} ranks on this node did not end within {6 * timeout:.0f} s", remedy=NETWORK) from None
+            raise UserError(
+                f"{ranks} ranks on this node did not end within {6 * timeout:.0f} s", remedy=NETWORK
+            ) from None
         if done.returncode or not output.exists():
             said = next((line for line in done.stderr.splitlines() if "Error" in line), done.stderr[-200:])
             raise UserError(f"{ranks} ranks on this node failed: {said.strip()}", remedy=NETWORK)

@@ -26,7 +26,9 @@ def attempt(name: str, check: Callable[[], Finding]) -> Finding:
     except UserError as error:
         return Finding(name, "FAIL", error.problem, error.remedy)
     except Exception as error:
-        return Finding(name, "FAIL", f"{type(error).__name__}: {error}", "mend the installation: bash launch/install.sh")
+        return Finding(
+            name, "FAIL", f"{type(error).__name__}: {error}", "mend the installation: bash launch/install.sh"
+        )
 
 
 def some(items: list[str], limit: int = 4) -> str:

@@ -101,7 +101,11 @@ def check_present(gpus: list[Gpu], config: RunConfig | None) -> Finding:
 
 
 def check_free_memory(gpus: list[Gpu]) -> Finding:
-    used = [f"GPU {gpu.index}: {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB" for gpu in gpus if gpu.free < 0.95 * gpu.total]
+    used = [
+        f"GPU {gpu.index}: {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB"
+        for gpu in gpus
+        if gpu.free < 0.95 * gpu.total
+    ]
     if used:
         return Finding("GPU memory", "warn", f"free on {some(used)}", "end the processes that nvidia-smi shows there")
     return Finding("GPU memory", "ok", f"at least {min(gpu.free for gpu in gpus) / GIB:.1f} GiB free on each")
@@ -119,7 +123,9 @@ def check_driver(gpus: list[Gpu]) -> Finding:
 def check_health(gpus: list[Gpu]) -> Finding:
     broken = [f"GPU {gpu.index}: {gpu.ecc_errors} uncorrected memory errors" for gpu in gpus if gpu.ecc_errors]
     if broken:
-        return Finding("GPU health", "FAIL", some(broken), "drain the node: nvidia-smi -r, and replace what fails again")
+        return Finding(
+            "GPU health", "FAIL", some(broken), "drain the node: nvidia-smi -r, and replace what fails again"
+        )
     slow = [f"GPU {gpu.index} is slowed by {' and '.join(gpu.slowed_by)}" for gpu in gpus if gpu.slowed_by]
     if slow:
         return Finding("GPU health", "warn", some(slow), "check cooling and power: all ranks wait for the slowest")

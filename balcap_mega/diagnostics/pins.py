@@ -34,7 +34,9 @@ def check_python(stack: str) -> Finding:
     if sys.version_info[:2] == PYTHONS[stack]:
         return Finding("python", "ok", running)
     wanted = ".".join(map(str, PYTHONS[stack]))
-    return Finding("python", "warn", f"{running}; launch/{stack}.lock is for {wanted}", f"make .venv with Python {wanted}")
+    return Finding(
+        "python", "warn", f"{running}; launch/{stack}.lock is for {wanted}", f"make .venv with Python {wanted}"
+    )
 
 
 def check_requirements(stack: str) -> Finding:
