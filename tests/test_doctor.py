@@ -13,7 +13,6 @@ import torch
 
 from balcap_mega.config.load import load_config
 from balcap_mega.diagnostics.collectives import RankTiming, judge_timings, measure
-from balcap_mega.diagnostics.finding import attempt
 from balcap_mega.diagnostics.host import Needs, check_disk, check_shared_memory
 from balcap_mega.diagnostics.inputs import check_config
 from balcap_mega.diagnostics.pins import check_requirements
@@ -63,9 +62,9 @@ def test_sound_run_passes_on_two_nodes(tiny_checkpoint, tmp_path):
     found = findings_of(done[0], report)
     assert [node.returncode for node in nodes] == [0, 0], done[0].stdout
     assert not [finding for finding in found.values() if finding["status"] == "FAIL"]
-    assert {"collectives (gloo)", "node n0", "node n1", "checkpoint", "data", "vLLM", "memory", "node 1"} <= set(found)
-    assert "2 ranks on 2 nodes" in found["collectives (gloo)"]["detail"]
-    assert "answers in 0." in found["judge Qwen/Qwen2.5-VL-72B-Instruct"]["detail"]
+    assert {"collectives", "node n0", "node n1", "checkpoint", "data", "vLLM", "memory", "node 1"} <= set(found)
+    assert "2 ranks on 2 nodes" in found["collectives"]["detail"]
+    assert "72B-Instruct answers in 0." in found["judge"]["detail"]
 
 
 def test_every_fault_is_named_at_once(tiny_checkpoint, tmp_path):
@@ -92,12 +91,12 @@ def test_every_fault_is_named_at_once(tiny_checkpoint, tmp_path):
         ("config", "rollout.prompts_per_step=3", "multiple of"),
         ("disk", "GiB free for output_dir=", "checkpoint.keep"),
         ("data", "cannot read data.path=/nowhere.jsonl", "give the annotation file"),
-        ("judge Qwen/Qwen2.5-VL-72B-Instruct", "does not answer", "check that the endpoint runs"),
+        ("judge", "does not answer", "check that the endpoint runs"),
     ):
         assert found[name]["status"] == "FAIL" and said in found[name]["detail"] and remedy in found[name]["remedy"], (
             name
         )
-    assert found["collectives (gloo)"]["status"] != "FAIL", "one fault hides no other check"
+    assert found["collectives"]["status"] != "FAIL", "one fault hides no other check"
 
 
 def test_silent_rank_is_named():
@@ -132,7 +131,7 @@ def test_what_the_host_lacks(tmp_path):
     assert check_disk(tmp_path / "not" / "yet", Needs(disk=1, memory=1)).status == "ok"
     assert check_disk(tmp_path, Needs(disk=2**60, memory=1)).status == "FAIL"
     assert check_shared_memory(tmp_path).status in ("ok", "warn")
-    unwritable = attempt("config", lambda: check_config(load_config(SMOKE, ["output_dir=/dev/null/run"]), 2))
+    unwritable = check_config(load_config(SMOKE, ["output_dir=/dev/null/run"]), 2)
     assert unwritable.status == "FAIL" and "output_dir=/dev/null/run" in unwritable.detail and unwritable.remedy
     assert check_requirements("cpu").status == "ok"
     assert check_requirements("cuda").status == ("ok" if torch.version.cuda else "FAIL"), (

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.diagnostics import collectives, gpus, host, inputs, pins, software
-from balcap_mega.diagnostics.finding import Finding, attempt
+from balcap_mega.diagnostics.finding import Finding, check
 from balcap_mega.parallel.platform import Platform
 
 COLLECTIVE_SECONDS = 60.0
@@ -76,56 +75,57 @@ def diagnose(config: RunConfig | None, locks: Path) -> Iterator[Finding]:
 
 def check_host(config: RunConfig | None, platform: Platform, locks: Path) -> Iterator[Finding]:
     stack = "cuda" if torch.version.cuda else "cpu"
-    yield attempt("python", partial(pins.check_python, stack))
-    yield attempt("packages", partial(pins.check_requirements, stack))
-    yield attempt("lock", partial(pins.check_lock, locks / f"{stack}.lock", stack))
-    devices = gpus.read_gpus() if platform.is_cuda else []
-    yield attempt("GPUs", partial(gpus.check_present, devices, config))
+    yield pins.check_python(stack)
+    yield pins.check_requirements(stack)
+    yield pins.check_lock(locks / f"{stack}.lock", stack)
+    devices: list[gpus.Gpu] = []
+    yield gpus.check_present(config, platform, devices)
     if devices:
-        yield attempt("GPU memory", partial(gpus.check_free_memory, devices))
-        yield attempt("driver", partial(gpus.check_driver, devices))
-        yield attempt("GPU health", partial(gpus.check_health, devices))
-    yield attempt("shared memory", host.check_shared_memory)
-    yield attempt("open files", partial(host.check_open_files, config))
+        yield gpus.check_free_memory(devices)
+        yield gpus.check_driver(devices)
+        yield gpus.check_health(devices)
+    yield host.check_shared_memory()
+    yield host.check_open_files(config)
 
 
 def check_ranks(platform: Platform, job: Job) -> Iterator[Finding]:
     """Compute and communicate on all ranks, and say so on rank 0: once for all of them, then a line a node."""
     timings: list[collectives.RankTiming] = []
 
-    def measure() -> Finding:
+    @check("collectives")
+    def check_collectives() -> Finding:
         if job.store is None:
             timings.extend(collectives.measure_locally(platform.device.type, job.local_ranks, COLLECTIVE_SECONDS))
         else:
             timings.extend(collectives.measure(platform, job.store, job.rank, job.world_size, COLLECTIVE_SECONDS))
         return collectives.judge_timings(timings, platform)
 
-    finding = attempt(f"collectives ({platform.backend})", measure)
+    finding = check_collectives()
     if job.rank == 0:
         yield finding
         yield from collectives.describe_nodes(timings, platform)
 
 
 def check_software(config: RunConfig | None, platform: Platform) -> Iterator[Finding]:
-    yield attempt("vLLM", partial(software.check_vllm, platform))
-    yield attempt("Transformer Engine", partial(software.check_transformer_engine, platform))
-    yield attempt("flash-attn", partial(software.check_flash_attention, platform))
-    yield attempt("DALI", partial(software.check_dali, config))
+    yield software.check_vllm(platform)
+    yield software.check_transformer_engine(platform)
+    yield software.check_flash_attention(platform)
+    yield software.check_dali(config)
 
 
 def check_run(config: RunConfig, platform: Platform, job: Job) -> Iterator[Finding]:
-    yield attempt("config", partial(inputs.check_config, config, job.world_size))
+    yield inputs.check_config(config, job.world_size)
     needs = None
     if config.model.path is not None:
-        yield attempt("checkpoint", partial(inputs.check_checkpoint, config))
+        yield inputs.check_checkpoint(config)
         if parameters := inputs.count_parameters(config.model.path):
             needs = host.Needs.of(config, parameters, job.world_size, job.local_ranks, platform.is_cuda)
-    yield attempt("memory", partial(host.check_memory, needs))
-    yield attempt("disk", partial(host.check_disk, Path(config.output_dir), needs))
+    yield host.check_memory(needs)
+    yield host.check_disk(Path(config.output_dir), needs)
     records: list[CaptionRecord] = []
-    yield attempt("data", partial(inputs.check_data, config, records))
+    yield inputs.check_data(config, records)
     for endpoint in inputs.endpoints(config):
-        yield attempt(f"judge {endpoint.model}", partial(inputs.check_judge, config, endpoint, records[:1]))
+        yield inputs.check_judge(config, endpoint, records[:1])
 
 
 def exchange(own: list[Finding], job: Job) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from statistics import median_low
 import torch
 import torch.distributed as dist
 
-from balcap_mega.diagnostics.finding import Finding, some
+from balcap_mega.diagnostics.finding import Finding, fail, ok, some, warn
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.platform import Platform
 
@@ -164,13 +164,13 @@ def _timed(start: Callable[[], list[dist.Work]], device: torch.device, name: str
 
 def judge_timings(timings: Sequence[RankTiming], platform: Platform) -> Finding:
     """Whether all ranks computed and communicated, and as fast as the median one."""
-    name = f"collectives ({platform.backend})"
     if broken := [f"rank {t.rank} on {t.node}: {t.error}" for t in timings if t.error]:
-        return Finding(name, "FAIL", some(broken), NETWORK)
+        return fail(some(broken), NETWORK)
     world, size = len(timings), 4 * Sizes.on(platform).message
     bandwidth = 2 * (world - 1) / world * size / max(t.all_reduce for t in timings) / 1e9
     nodes = len({t.node for t in timings})
-    detail = f"{world} ranks on {nodes} node{'s' * (nodes > 1)}: all-reduce of {size >> 20} MiB at {bandwidth:.2f} GB/s"
+    place = f"{platform.backend}, {world} ranks on {nodes} node{'s' * (nodes > 1)}"
+    detail = f"{place}: all-reduce of {size >> 20} MiB at {bandwidth:.2f} GB/s"
     slow = [
         f"rank {t.rank} on {t.node} {what} {getattr(t, field) / usual:.1f} times as slowly as the median rank"
         for field, what in (("matmul", "computes"), ("ring", "hears from the rank before it"))
@@ -179,10 +179,8 @@ def judge_timings(timings: Sequence[RankTiming], platform: Platform) -> Finding:
         if getattr(t, field) > SLOW * usual
     ]
     if slow:
-        return Finding(
-            name, "warn", f"{detail}; {some(slow)}", "look at that node's GPU clocks and links, or leave it out"
-        )
-    return Finding(name, "ok", detail)
+        return warn(f"{detail}; {some(slow)}", "look at that node's GPU clocks and links, or leave it out")
+    return ok(detail)
 
 
 def describe_nodes(timings: Sequence[RankTiming], platform: Platform) -> list[Finding]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from balcap_mega.config.schema import RunConfig
-from balcap_mega.diagnostics.finding import Finding, some
+from balcap_mega.diagnostics.finding import Finding, check, fail, ok, some, warn
+from balcap_mega.parallel.platform import Platform
 
 BF16_CAPABILITY, FP8_CAPABILITY = (8, 0), (9, 0)
 GIB = 2**30
@@ -33,10 +34,8 @@ class Gpu:
     slowed_by: tuple[str, ...]
 
 
-def read_gpus() -> list[Gpu]:
+def _read_gpus() -> list[Gpu]:
     """Every device that PyTorch sees."""
-    if not torch.cuda.is_available():
-        return []
     import pynvml as nvml
 
     slowdowns = {
@@ -78,14 +77,17 @@ def read_gpus() -> list[Gpu]:
         nvml.nvmlShutdown()
 
 
-def check_present(gpus: list[Gpu], config: RunConfig | None) -> Finding:
-    """Are there GPUs, all alike, that can do what the run asks for?"""
-    if not gpus:
+@check("GPUs")
+def check_present(config: RunConfig | None, platform: Platform, gpus: list[Gpu]) -> Finding:
+    """Are there GPUs, all alike, that can do what the run asks for? They are added to `gpus`."""
+    if platform.is_cuda:
+        gpus += _read_gpus()
+    else:
         asked = config is not None and config.parallel.device == "cuda"
         if asked or (torch.version.cuda and not (config and config.parallel.device == "cpu")):
             remedy = "does nvidia-smi see them? is CUDA_VISIBLE_DEVICES empty? or set parallel.device=cpu"
-            return Finding("GPUs", "FAIL" if asked else "warn", "PyTorch sees none", remedy)
-        return Finding("GPUs", "ok", "none, and none is needed: the run is on the CPU, over gloo")
+            return (fail if asked else warn)("PyTorch sees none", remedy)
+        return ok("none, and none is needed: the run is on the CPU, over gloo")
     kinds = sorted({gpu.name for gpu in gpus})
     fp8 = config is not None and (config.model.fp8 != "none" or config.rollout.fp8)
     needed = FP8_CAPABILITY if fp8 else BF16_CAPABILITY
@@ -93,13 +95,14 @@ def check_present(gpus: list[Gpu], config: RunConfig | None) -> Finding:
     if weak:
         what = "FP8" if fp8 else "BF16"
         remedy = f"use GPUs of compute capability {needed[0]}.{needed[1]} or more" + (", or fp8=none" if fp8 else "")
-        return Finding("GPUs", "FAIL", f"no {what} on {some(weak)}", remedy)
+        return fail(f"no {what} on {some(weak)}", remedy)
     detail = f"{len(gpus)} x {', '.join(kinds)}, {gpus[0].total / GIB:.0f} GiB"
     if len(kinds) > 1:
-        return Finding("GPUs", "warn", detail, "keep to one kind (CUDA_VISIBLE_DEVICES): all wait for the slowest")
-    return Finding("GPUs", "ok", detail)
+        return warn(detail, "keep to one kind (CUDA_VISIBLE_DEVICES): all wait for the slowest")
+    return ok(detail)
 
 
+@check("GPU memory")
 def check_free_memory(gpus: list[Gpu]) -> Finding:
     used = [
         f"GPU {gpu.index}: {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB"
@@ -107,28 +110,28 @@ def check_free_memory(gpus: list[Gpu]) -> Finding:
         if gpu.free < 0.95 * gpu.total
     ]
     if used:
-        return Finding("GPU memory", "warn", f"free on {some(used)}", "end the processes that nvidia-smi shows there")
-    return Finding("GPU memory", "ok", f"at least {min(gpu.free for gpu in gpus) / GIB:.1f} GiB free on each")
+        return warn(f"free on {some(used)}", "end the processes that nvidia-smi shows there")
+    return ok(f"at least {min(gpu.free for gpu in gpus) / GIB:.1f} GiB free on each")
 
 
+@check("driver")
 def check_driver(gpus: list[Gpu]) -> Finding:
     """Within one major version any driver runs any CUDA; an older major version cannot be run at all."""
     driver, supported = gpus[0].driver, gpus[0].driver_cuda
     detail = f"driver {driver} runs CUDA {supported[0]}.{supported[1]}, PyTorch was built with {torch.version.cuda}"
     if supported[0] < int(torch.version.cuda.split(".")[0]):
-        return Finding("driver", "FAIL", detail, f"install a driver for CUDA {torch.version.cuda}")
-    return Finding("driver", "ok", detail)
+        return fail(detail, f"install a driver for CUDA {torch.version.cuda}")
+    return ok(detail)
 
 
+@check("GPU health")
 def check_health(gpus: list[Gpu]) -> Finding:
     broken = [f"GPU {gpu.index}: {gpu.ecc_errors} uncorrected memory errors" for gpu in gpus if gpu.ecc_errors]
     if broken:
-        return Finding(
-            "GPU health", "FAIL", some(broken), "drain the node: nvidia-smi -r, and replace what fails again"
-        )
+        return fail(some(broken), "drain the node: nvidia-smi -r, and replace what fails again")
     slow = [f"GPU {gpu.index} is slowed by {' and '.join(gpu.slowed_by)}" for gpu in gpus if gpu.slowed_by]
     if slow:
-        return Finding("GPU health", "warn", some(slow), "check cooling and power: all ranks wait for the slowest")
+        return warn(some(slow), "check cooling and power: all ranks wait for the slowest")
     if not all(gpu.persistent for gpu in gpus):
-        return Finding("GPU health", "warn", "persistence mode is off: first use is slow", "sudo nvidia-smi -pm 1")
-    return Finding("GPU health", "ok", "no uncorrected memory errors, no clock held down")
+        return warn("persistence mode is off: first use is slow", "sudo nvidia-smi -pm 1")
+    return ok("no uncorrected memory errors, no clock held down")

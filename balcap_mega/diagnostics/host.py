@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balcap_mega.config.schema import RunConfig
-from balcap_mega.diagnostics.finding import Finding
+from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
 
 GIB = 2**30
 SHARED_MEMORY_NEEDED, SHARED_MEMORY_WANTED = GIB // 8, GIB
@@ -39,30 +39,33 @@ class Needs:
         return cls(disk, memory)
 
 
+@check("shared memory")
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
     """NCCL and vLLM meet in it; containers start with 64 MiB."""
     free = shutil.disk_usage(folder).free
     detail = f"{free / GIB:.2f} GiB free in {folder}"
     if free < SHARED_MEMORY_WANTED:
         remedy = "start the container with --ipc=host or --shm-size=16g, or delete what dead jobs left there"
-        return Finding("shared memory", "FAIL" if free < SHARED_MEMORY_NEEDED else "warn", detail, remedy)
-    return Finding("shared memory", "ok", detail)
+        return (fail if free < SHARED_MEMORY_NEEDED else warn)(detail, remedy)
+    return ok(detail)
 
 
+@check("memory")
 def check_memory(needs: Needs | None) -> Finding:
     """What is needed against what can be had without swapping."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     detail = f"{available / GIB:.1f} GiB available"
     if needs is None:
-        return Finding("memory", "ok", detail)
+        return ok(detail)
     detail += f", about {needs.memory / GIB:.1f} GiB needed"
     if available < needs.memory:
         remedy = "use more nodes or fewer ranks a node, raise rollout.tensor_parallel, or end other programs"
-        return Finding("memory", "FAIL", detail, remedy)
-    return Finding("memory", "ok", detail)
+        return fail(detail, remedy)
+    return ok(detail)
 
 
+@check("disk")
 def check_disk(folder: Path, needs: Needs | None) -> Finding:
     """Free space, for this user, on the file system where `folder` is or will be."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -71,10 +74,11 @@ def check_disk(folder: Path, needs: Needs | None) -> Finding:
     detail = f"{free / GIB:.1f} GiB free for output_dir={folder}, at most {needed / GIB:.1f} GiB needed"
     if free < needed:
         remedy = "free space there, give another output_dir, or lower checkpoint.keep"
-        return Finding("disk", "FAIL", detail, remedy)
-    return Finding("disk", "ok", detail)
+        return fail(detail, remedy)
+    return ok(detail)
 
 
+@check("open files")
 def check_open_files(config: RunConfig | None) -> Finding:
     """Each request to a judge holds one, and so does each rank that the launcher's store serves."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -83,5 +87,5 @@ def check_open_files(config: RunConfig | None) -> Finding:
     detail = f"a process may have {soft}"
     if soft != resource.RLIM_INFINITY and soft < wanted:
         remedy = f"ulimit -n {wanted}" if hard == resource.RLIM_INFINITY or hard >= wanted else "raise the hard limit"
-        return Finding("open files", "warn", detail, f"{remedy}, in the shell that starts the run")
-    return Finding("open files", "ok", detail)
+        return warn(detail, f"{remedy}, in the shell that starts the run")
+    return ok(detail)

@@ -8,7 +8,7 @@ from balcap_mega.config.preflight import check_data as check_data_files
 from balcap_mega.config.schema import JudgeEndpoint, RunConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import build_datasets
-from balcap_mega.diagnostics.finding import Finding
+from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.checkpoint_files import check_checkpoint as check_tensors
 from balcap_mega.models.huggingface_tensors import huggingface_shapes
@@ -18,15 +18,17 @@ RECORDS = 8  # decoded for a look
 JUDGE_SECONDS = 30  # a reply may take, here
 
 
+@check("config")
 def check_config(config: RunConfig, world_size: int) -> Finding:
     """Does it fit `world_size` ranks, this node's devices and what its output folder holds already?"""
     check_batch(config, world_size)
     check_device(config)
     resuming = check_output(config)
     what = f"goes on with the run in {config.output_dir}" if resuming else f"starts a new run in {config.output_dir}"
-    return Finding("config", "ok", f"fits {world_size} ranks; {what}")
+    return ok(f"fits {world_size} ranks; {what}")
 
 
+@check("data")
 def check_data(config: RunConfig, records: list[CaptionRecord]) -> Finding:
     """The first records, decoded as the run decodes them, are added to `records`."""
     check_data_files(config.data)
@@ -38,8 +40,8 @@ def check_data(config: RunConfig, records: list[CaptionRecord]) -> Finding:
     detail = f"{len(train)} records to train on, {len(held_out)} held out; the first is {width} x {height}"
     corrupt = getattr(train, "corrupt", 0)
     if corrupt:
-        return Finding("data", "warn", f"{corrupt} of the first {RECORDS} images are corrupt", "replace them")
-    return Finding("data", "ok", f"{detail}, {milliseconds:.0f} ms an image")
+        return warn(f"{corrupt} of the first {RECORDS} images are corrupt", "replace them")
+    return ok(f"{detail}, {milliseconds:.0f} ms an image")
 
 
 def endpoints(config: RunConfig) -> list[JudgeEndpoint]:
@@ -47,9 +49,9 @@ def endpoints(config: RunConfig) -> list[JudgeEndpoint]:
     return list(dict.fromkeys([rewards.endpoint, *rewards.component_endpoints.values()])) if rewards.endpoint else []
 
 
+@check("judge")
 def check_judge(config: RunConfig, endpoint: JudgeEndpoint, records: list[CaptionRecord]) -> Finding:
     """One small question, for the latency; then whole judgements of the records' own references, images included."""
-    name = f"judge {endpoint.model}"
     patient = {"timeout_seconds": min(JUDGE_SECONDS, endpoint.timeout_seconds), "max_retries": 0}
     asked = {"endpoint": endpoint.model_copy(update=patient), "component_endpoints": {}, "cache_dir": None}
     judge = MllmJudge(config.rewards.model_copy(update=asked))
@@ -62,13 +64,14 @@ def check_judge(config: RunConfig, endpoint: JudgeEndpoint, records: list[Captio
             if None in (judgement.assertions, judgement.covered, judgement.clarity):
                 why = ", ".join(judge.report().failures)
                 remedy = "serve a model that takes images, gives JSON-schema output, and has the context for both"
-                return Finding(name, "FAIL", f"answers text in {latency:.2f} s but judges no image ({why})", remedy)
+                return fail(f"{endpoint.model} answers text in {latency:.2f} s but judges no image ({why})", remedy)
         whole = time.monotonic() - start - latency
-        return Finding(name, "ok", f"answers in {latency:.2f} s, judges a caption of an image in {whole:.2f} s")
+        return ok(f"{endpoint.model} answers in {latency:.2f} s, judges a caption of an image in {whole:.2f} s")
     finally:
         judge.close()
 
 
+@check("checkpoint")
 def check_checkpoint(config: RunConfig) -> Finding:
     """Is every tensor there, whole, in its shape, and can the layout cut it? Reads headers only."""
     check_model(config.model, config.parallel, config.rollout)
@@ -77,7 +80,7 @@ def check_checkpoint(config: RunConfig) -> Finding:
     stored = check_tensors(config.model.path, architecture)
     size = sum(math.prod(tensor.shape) for tensor in stored.values()) / 1e9
     files = len({tensor.file for tensor in stored.values()})
-    return Finding("checkpoint", "ok", f"{architecture.family}, {size:.2f} billion parameters in {files} files")
+    return ok(f"{architecture.family}, {size:.2f} billion parameters in {files} files")
 
 
 def count_parameters(folder: str) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from balcap_mega.diagnostics.finding import Finding
+from balcap_mega.diagnostics.finding import Finding, check, fail, ok, some, warn
 
 DISTRIBUTION = "balcap-mega"
 LOCKED = re.compile(r"([A-Za-z0-9._-]+)==(\S+)")
@@ -28,17 +28,17 @@ def requirements(extra: str = "") -> list[Requirement]:
     return found
 
 
+@check("python")
 def check_python(stack: str) -> Finding:
     """`stack` is cpu or cuda."""
     running = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] == PYTHONS[stack]:
-        return Finding("python", "ok", running)
+        return ok(running)
     wanted = ".".join(map(str, PYTHONS[stack]))
-    return Finding(
-        "python", "warn", f"{running}; launch/{stack}.lock is for {wanted}", f"make .venv with Python {wanted}"
-    )
+    return warn(f"{running}; launch/{stack}.lock is for {wanted}", f"make .venv with Python {wanted}")
 
 
+@check("packages")
 def check_requirements(stack: str) -> Finding:
     """FAIL for a package that is missing, or of a version that setup.py refuses."""
     asked = [*requirements(), *(requirements("cuda") if stack == "cuda" else ())]
@@ -50,10 +50,11 @@ def check_requirements(stack: str) -> Finding:
         elif not requirement.specifier.contains(installed, prereleases=True):
             problems.append(f"{requirement.name} {installed} instead of {requirement.specifier}")
     if problems:
-        return Finding("packages", "FAIL", "; ".join(problems), f"bash launch/install.sh{_option(stack)}")
-    return Finding("packages", "ok", f"{len(asked)} requirements of setup.py met, torch {_version('torch')}")
+        return fail(some(problems), f"bash launch/install.sh{_option(stack)}")
+    return ok(f"{len(asked)} requirements of setup.py met, torch {_version('torch')}")
 
 
+@check("lock")
 def check_lock(lock: Path, stack: str) -> Finding:
     """warn about packages of other versions than `lock` names: they may work, but nobody has tried."""
     pins = dict(LOCKED.fullmatch(line).groups() for line in lock.read_text().splitlines() if LOCKED.fullmatch(line))
@@ -63,9 +64,8 @@ def check_lock(lock: Path, stack: str) -> Finding:
         if _version(name) not in (pinned, pinned.split("+")[0])
     ]
     if differing:
-        some = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
-        return Finding("lock", "warn", f"{some} (launch/{lock.name})", f"bash launch/install.sh{_option(stack)}")
-    return Finding("lock", "ok", f"all {len(pins)} packages are those of launch/{lock.name}")
+        return warn(f"{some(differing)} (launch/{lock.name})", f"bash launch/install.sh{_option(stack)}")
+    return ok(f"all {len(pins)} packages are those of launch/{lock.name}")
 
 
 def _version(name: str) -> str | None:

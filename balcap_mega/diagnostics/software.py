@@ -3,7 +3,7 @@
 import importlib
 
 from balcap_mega.config.schema import RunConfig
-from balcap_mega.diagnostics.finding import Finding
+from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.vllm_runtime import import_vllm
 
@@ -11,6 +11,7 @@ INSTALL = "bash launch/install.sh --cuda"
 ImportFailure = ImportError | OSError  # the second: a shared library that is not there
 
 
+@check("vLLM")
 def check_vllm(platform: Platform) -> Finding:
     """Is it built for the device that the run is on?"""
     vllm = import_vllm()
@@ -19,38 +20,40 @@ def check_vllm(platform: Platform) -> Finding:
     kind, wanted = current_platform.device_type, platform.device.type
     if kind != wanted:
         remedy = INSTALL if wanted == "cuda" else "bash launch/install.sh"
-        return Finding("vLLM", "FAIL", f"{vllm.__version__} runs on {kind or 'nothing'}, the run on {wanted}", remedy)
-    return Finding("vLLM", "ok", f"{vllm.__version__} on {kind}")
+        return fail(f"{vllm.__version__} runs on {kind or 'nothing'}, the run on {wanted}", remedy)
+    return ok(f"{vllm.__version__} on {kind}")
 
 
+@check("Transformer Engine")
 def check_transformer_engine(platform: Platform) -> Finding:
     """Every layer of a policy on GPUs is built of it; on a CPU it is not used."""
-    name = "Transformer Engine"
     if not platform.is_cuda:
-        return Finding(name, "ok", "not used on a CPU")
+        return ok("not used on a CPU")
     if error := _import_error("transformer_engine.pytorch"):
-        return Finding(name, "FAIL", f"no policy can be built on GPUs: {error}", INSTALL)
-    return Finding(name, "ok", "loads")
+        return fail(f"no policy can be built on GPUs: {error}", INSTALL)
+    return ok("loads")
 
 
+@check("flash-attn")
 def check_flash_attention(platform: Platform) -> Finding:
     """Optional: attention over packed rows runs PyTorch's own flash kernels, and a newer one where it is installed."""
     if not platform.is_cuda:
-        return Finding("flash-attn", "ok", "not used on a CPU")
+        return ok("not used on a CPU")
     error = _import_error("flash_attn")
     if isinstance(error, ModuleNotFoundError):
-        return Finding("flash-attn", "ok", "not installed: attention takes PyTorch's own flash kernels")
+        return ok("not installed: attention takes PyTorch's own flash kernels")
     if error:
-        return Finding("flash-attn", "warn", f"does not load: {error}", "pip uninstall flash-attn, or build it again")
-    return Finding("flash-attn", "ok", "loads")
+        return warn(f"does not load: {error}", "pip uninstall flash-attn, or build it again")
+    return ok("loads")
 
 
+@check("DALI")
 def check_dali(config: RunConfig | None) -> Finding:
     """Decodes images where data.image_backend=dali."""
     wanted = config is not None and config.data.image_backend == "dali"
     if error := _import_error("nvidia.dali"):
-        return Finding("DALI", "FAIL" if wanted else "ok", f"does not load: {error}", "set data.image_backend=pil")
-    return Finding("DALI", "ok", "loads" if wanted else "loads; data.image_backend=pil does without")
+        return fail(f"does not load: {error}", "set data.image_backend=pil") if wanted else ok(f"not there: {error}")
+    return ok("loads" if wanted else "loads; data.image_backend=pil does without")
 
 
 def _import_error(module: str) -> ImportFailure | None:
