@@ -109,6 +109,7 @@ def test_slow_rank_is_named():
     assert judge_timings(even, CPU).status == "ok"
     finding = judge_timings([*even[:3], RankTiming(3, "n1", 1.0, 9.0, 9.0)], CPU)
     assert finding.status == "warn" and "rank 3 on n1 hears from the rank before it 9.0 times" in finding.detail
+    assert judge_timings([RankTiming(0, "n0", 1.0)], CPU).status == "ok"
     failed = judge_timings([*even[:3], RankTiming(3, "n1", error="connection reset")], CPU)
     assert failed.status == "FAIL" and "rank 3 on n1: connection reset" in failed.detail
 
