@@ -130,21 +130,22 @@ def check_run(config: RunConfig, platform: Platform, job: Job) -> Iterator[Findi
 
 def exchange(own: list[Finding], job: Job) -> Iterator[Finding]:
     """Hand this node's findings to rank 0, which yields those of the other nodes that are not ok."""
-    job.store.set(f"findings/{job.node}", json.dumps([asdict(finding) for finding in own]))
+    job.store.set(f"findings/{job.node}", json.dumps([collectives.node_name(), [asdict(finding) for finding in own]]))
     if job.rank:
         return
-    for node in range(1, job.nodes):
-        key = f"findings/{node}"
+    for number in range(1, job.nodes):
+        key = f"findings/{number}"
         try:
             job.store.wait([key], timedelta(seconds=OTHER_NODES_SECONDS))
         except dist.DistError:
-            yield Finding(f"node {node}", "FAIL", "its checks did not come to an end", "run the doctor there, alone")
+            yield Finding(f"node {number}", "FAIL", "its checks did not come to an end", "run the doctor there, alone")
             continue
-        others = [Finding(**fields) for fields in json.loads(job.store.get(key))]
+        node, rows = json.loads(job.store.get(key))
+        others = [Finding(**row) for row in rows]
         for finding in others:
             if finding.status != "ok":
-                yield replace(finding, name=f"{finding.name}, node {node}")
-        yield Finding(f"node {node}", "ok", f"{sum(f.status == 'ok' for f in others)} of its {len(others)} checks ok")
+                yield replace(finding, name=f"{finding.name} on {node}")
+        yield Finding(f"checks on {node}", "ok", f"{sum(f.status == 'ok' for f in others)} of {len(others)} ok")
 
 
 def _kept(findings: Iterator[Finding], kept: list[Finding]) -> Iterator[Finding]:
