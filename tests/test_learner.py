@@ -29,10 +29,10 @@ def layout():
     torch.distributed.destroy_process_group()
 
 
-def make_learner(folder, **algorithm) -> Learner:
-    model = ModelConfig(path=str(folder), dtype="float32")
+def make_learner(folder, dtype="float32", parallel=PARALLEL, **algorithm) -> Learner:
+    model = ModelConfig(path=str(folder), dtype=dtype)
     config = AlgorithmConfig(**algorithm)
-    return Learner(folder, model, PARALLEL, OptimizerConfig(learning_rate=1e-2), config, Platform.resolve("cpu"))
+    return Learner(folder, model, parallel, OptimizerConfig(learning_rate=1e-2), config, Platform.resolve("cpu"))
 
 
 def make_batch(folder, learner, layout, updates=1):
@@ -134,3 +134,43 @@ def test_minibatches_keep_groups_whole(tiny_checkpoint, layout):
     first, second = make_batch(folder, learner, layout, updates=2)
     sequences = [{n for m in half for n in m.tokens.sequence_ids.tolist()} for half in (first, second)]
     assert sequences == [{0, 1}, {2, 3}]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_offloading_between_updates_changes_no_bit(tiny_checkpoint, layout, monkeypatch, dtype, distributed_optimizer):
+    """All memory but the weights' is really given back, and training goes on as if it had never left."""
+    monkeypatch.setattr("balcap_mega.parallel.offload.HOST_BLOCK_BYTES", 100_000)  # so that tensors lie across blocks
+    folder = tiny_checkpoint("qwen2_5_vl")
+    trained = []
+    for offload in (False, True):
+        parallel = PARALLEL.model_copy(update={"offload": offload, "distributed_optimizer": distributed_optimizer})
+        learner = make_learner(folder, dtype, parallel)
+        [microbatches] = make_batch(folder, learner, layout)
+        for _ in range(3):
+            learner.onload()
+            learner.update(microbatches)
+            learner.offload()
+            learner.offload()
+            learner.logprobs(microbatches)
+        assert held_bytes(training_state(learner)) == 0 if offload else held_bytes(training_state(learner)) > 0
+        trained.append([parameter.clone() for parameter in learner.policy.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
+    with pytest.raises(RuntimeError, match="call onload"):
+        learner.update(microbatches)
+
+
+def training_state(learner) -> list[torch.Tensor]:
+    """Gradients, float32 master weights and moments: what updates need beyond the weights themselves."""
+    weights = {parameter.untyped_storage()._cdata for parameter in learner.policy.parameters()}
+    trained = [parameter for parameter in learner.policy.parameters() if parameter.requires_grad]
+    gradients = [parameter.main_grad for parameter in trained]
+    optimizers = [part.optimizer for part in learner.optimizer.chained_optimizers]
+    masters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    moments = [state[name] for o in optimizers for state in o.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert len(moments) == 2 * len(masters) >= len(trained)
+    return [tensor for tensor in (*gradients, *masters, *moments) if tensor.untyped_storage()._cdata not in weights]
+
+
+def held_bytes(tensors) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

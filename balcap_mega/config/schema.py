@@ -39,12 +39,17 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Megatron layout; data parallelism is what remains of the world size."""
+    """Megatron layout; data parallelism is what remains of the world size.
+
+    offload: engine and learner take turns in the device's memory. The engine sleeps while the learner trains; gradients
+        and the optimizer's state leave the device while the engine generates. `auto`: on GPUs.
+    """
 
     tensor: Positive = 1
     pipeline: Positive = 1
     sequence: bool = False
     distributed_optimizer: bool = True
+    offload: Literal["auto"] | bool = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: Positive = 600
 

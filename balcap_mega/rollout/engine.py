@@ -23,6 +23,8 @@ CPU_KV_CACHE_BYTES = 2**30
 WEIGHT_TRANSFER = ("balcap_mega", "balcap_mega.rollout.refit.weight_transfer", "InPlaceWeightTransfer")
 """Name, module and class of our backend of vLLM's weight-transfer interface."""
 
+REFIT_WORKER = "balcap_mega.rollout.refit.weight_transfer.RefitWorker"
+
 OnFinished = Callable[[int, int, Rollout], None]
 """(record index, rollout number, rollout), called as soon as one caption is finished, while others still generate."""
 
@@ -41,6 +43,8 @@ class RolloutEngine:
     With W ranks there are W / tensor_parallel replicas; `balcap_mega.rollout.replicas` shares prompts out and gathers
     rollouts. The ranks of a replica must make the same calls with the same arguments. Construction is a collective.
 
+    sleeps: `sleep` and the two stages of waking do something; on a CPU, where vLLM has no sleep, they never do.
+
     The policy is softmax(logits / temperature) over the whole vocabulary, and `Rollout.logprobs` are exactly its
     logprobs, at any temperature: vLLM's own logits processor is given 1 / temperature as its scale, and requests sample
     at temperature 1 with `raw_logprobs`. Media tokens are banned, and `top_p` < 1 truncates, only while a token is
@@ -56,11 +60,13 @@ class RolloutEngine:
         device: torch.device,
         dtype: torch.dtype,
         seed: int,
+        sleeps: bool = False,
     ):
         self.config = config
         self.device = device
         self.dtype = dtype
         self.seed = seed
+        self.sleeps = sleeps and device.type == "cuda"
         self.processor = PromptProcessor(model_folder)
         # Vision layers of Qwen2.5-VL cannot be cut evenly at every size; whole images go to single ranks instead.
         family = Architecture.from_folder(model_folder).family
@@ -69,6 +75,8 @@ class RolloutEngine:
         _register_weight_transfer()
         with process_state_kept(device):
             arguments = engine_arguments(model_folder, config, device, dtype, seed)
+            if self.sleeps:
+                arguments["enable_sleep_mode"] = True
             if self.vision_data_parallel:
                 arguments["mm_encoder_tp_mode"] = "data"
             self.llm = self._vllm.LLMEngine.from_engine_args(self._vllm.EngineArgs(**arguments))
@@ -116,19 +124,19 @@ class RolloutEngine:
     def sleep(self) -> None:
         """Hand the GPU's memory to the trainer: weights to the host (level 1), key/value cache dropped.
 
-        Level 2 would drop the weights too, but with them buffers that no refit brings back. On a CPU nothing is freed.
+        Level 2 would drop the weights too, but with them buffers that no refit brings back. Nothing when asleep.
         """
-        if self.device.type == "cuda":
+        if self.sleeps and not self.llm.is_sleeping():
             self.llm.sleep(level=1)
 
     def wake_weights(self) -> None:
-        """The first stage of waking up, before a refit: weights only."""
-        if self.device.type == "cuda" and self.llm.is_sleeping():
+        """The first stage of waking up, before a refit: weights only. Nothing when awake."""
+        if self.sleeps and self.llm.is_sleeping():
             self.llm.wake_up(tags=["weights"])
 
     def wake_cache(self) -> None:
-        """The second stage, when the trainer no longer needs that memory: the key/value cache."""
-        if self.device.type == "cuda" and self.llm.is_sleeping():
+        """The second stage, when the trainer no longer needs that memory: the key/value cache. Nothing when awake."""
+        if self.sleeps and self.llm.is_sleeping():
             self.llm.wake_up(tags=["kv_cache"])
 
     def _temper(self, model: torch.nn.Module) -> None:
@@ -139,9 +147,7 @@ class RolloutEngine:
             max_tokens=self.config.max_tokens,
             logprobs=0,  # of the sampled token
             logit_bias=dict.fromkeys(self.processor.banned_token_ids, -torch.inf),
-            # With the interval, one output as a caption begins and one as it ends.
             output_kind=self._vllm.sampling_params.RequestOutputKind.CUMULATIVE,
-            stream_interval=self.config.max_tokens + 1,
             **sampling,
         )
 
@@ -213,13 +219,15 @@ def engine_arguments(
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         "logprobs_mode": "raw_logprobs",
         "weight_transfer_config": {"backend": WEIGHT_TRANSFER[0]},
+        "worker_extension_cls": REFIT_WORKER,
+        "stream_interval": config.max_tokens + 1,  # one output as a caption begins and one as it ends
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
     if device.type == "cuda":
-        arguments |= {"gpu_memory_utilization": config.memory_fraction, "enable_sleep_mode": True}
+        arguments |= {"gpu_memory_utilization": config.memory_fraction}
     else:
         arguments |= {
             "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,

@@ -19,6 +19,7 @@ from balcap_mega.models.checkpoint_files import check_checkpoint
 from balcap_mega.models.checkpoint_io import import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
+from balcap_mega.parallel.offload import OptimizerOffload, takes_turns
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.parallel.schedule import run_schedule
 from balcap_mega.training.microbatch import Microbatch
@@ -63,6 +64,8 @@ class Learner:
         with platform.megatron():
             self.model = wrap_ddp(self.policy, parallel)
             self.optimizer = build_optimizer(self.model, optimizer, parallel)
+        self._offload = OptimizerOffload(self.model, self.optimizer, platform.device)
+        self.takes_turns = takes_turns(parallel, platform)
         self.reference = self._copy_of_weights() if algorithm.kl_weight > 0 else None
 
     def logprobs(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
@@ -103,6 +106,21 @@ class Learner:
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+
+    def offload(self) -> None:
+        """Free what only updates need: gradients, and the optimizer's state, which waits in host memory.
+
+        Until `onload` the weights can be read and scored with, but not updated, saved or loaded. Nothing where
+        `parallel.offload` is off, or when it is done already.
+        """
+        if self.takes_turns:
+            with self.platform.megatron():
+                self._offload.offload()
+
+    def onload(self) -> None:
+        """Take it back, bit for bit as it was."""
+        with self.platform.megatron():
+            self._offload.onload()
 
     def _head(self, weight: Tensor) -> HeadShard:
         return HeadShard(
@@ -152,6 +170,8 @@ class Learner:
         def loss(microbatch: Microbatch, loss_sum: Tensor) -> tuple[Tensor, Tensor, None]:
             return loss_sum, results[id(microbatch)].normaliser.int(), None
 
+        if self._offload.is_offloaded:
+            raise RuntimeError("the optimizer is offloaded: call onload() before an update")
         self.model.train()
         with self.platform.megatron():
             self.model.zero_grad_buffer()

@@ -151,8 +151,14 @@ def build_trainer(
         temperature=config.rollout.temperature,
         max_response_length=config.rollout.max_tokens,
     )
+    learner.offload()  # the engine claims its share of the device's memory as it is built
     engine = RolloutEngine(
-        start, config.rollout, device=platform.device, dtype=platform.dtype(config.model.dtype), seed=config.seed
+        start,
+        config.rollout,
+        device=platform.device,
+        dtype=platform.dtype(config.model.dtype),
+        seed=config.seed,
+        sleeps=learner.takes_turns,
     )
     processor = PromptProcessor(start)
     return Trainer(

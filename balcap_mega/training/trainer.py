@@ -1,6 +1,7 @@
 """One step of BalCapRL: data, rollout, rewards, advantages, packing, policy update, resharding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from balcap_mega.algorithm.advantages import compute_advantages
@@ -54,6 +55,9 @@ class Trainer:
             judging = Judging(judge, prompts, self.length, patience(self.config.rewards))
         with phase("rollout"):
             mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)
+        with phase("swap"):  # while the last captions are judged
+            self.engine.sleep()
+            self.learner.onload()
         with phase("rewards"):
             groups, judged = zip(*self.replica.gather(judging.scored(mine)), strict=True)
             rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
@@ -67,7 +71,7 @@ class Trainer:
             self.learner.set_learning_rate(self.learning_rate(number))
             updates = self.update(batches.minibatches)
         with phase("refit"):
-            self.refit.run()
+            self.refit.run(offload=self.learner.offload)
         return step_metrics(groups, rewards, advantages, batches, updates, phase.seconds)
 
     def update(self, minibatches: Sequence[Sequence[Microbatch]]) -> list[UpdateResult]:
@@ -91,13 +95,25 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Begin a checkpoint after `step` steps. Prompts, seeds and batches follow from the step number alone."""
-        self.checkpoints.start(step, self.learner.model, self.learner.optimizer, {"step": step})
+        with self._learners_turn():
+            self.checkpoints.start(step, self.learner.model, self.learner.optimizer, {"step": step})
 
     def resume(self) -> int:
         """Load the last checkpoint, if any; return the number of steps it has behind it."""
         path = from_first_rank(latest_checkpoint(self.checkpoints.folder))
         if path is not None:
-            with self.learner.platform.megatron():
+            with self._learners_turn():
                 extra = load_checkpoint(path, self.learner.model, self.learner.optimizer)
             self.checkpoints.last = extra["step"]
         return self.checkpoints.last
+
+    @contextmanager
+    def _learners_turn(self) -> Iterator[None]:
+        """Between steps the device's memory is the engine's; inside it is the learner's, for what Megatron does."""
+        self.engine.sleep()
+        self.learner.onload()
+        with self.learner.platform.megatron():
+            yield
+        self.learner.offload()
+        self.engine.wake_weights()
+        self.engine.wake_cache()

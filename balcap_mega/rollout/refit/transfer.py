@@ -63,7 +63,8 @@ class Refit:
         self._timeout = timeout_seconds
         self._verify = verify
         self._dtype = engine.dtype
-        self._rpc("init_weight_transfer_engine", init_info={"target_elements": plan.target_elements})
+        init_info = {"target_elements": plan.target_elements, "dtype": engine.dtype}
+        self._rpc("init_weight_transfer_engine", init_info=init_info)
 
     def run(self, offload: Callable[[], None] | None = None) -> RefitReport:
         """One refit; a collective. Afterwards the engine is awake, with the new weights and empty caches.
@@ -79,12 +80,11 @@ class Refit:
         with clock("transfer"):
             with self._naming("start"):
                 self._meet()
-                self._rpc("start_weight_update")
+                self._rpc("start_refit")
             self._transfer()
             with self._naming("finish"):
-                self._rpc("finish_weight_update")
+                processing = self._rpc("finish_refit")
                 self._meet()
-        processing = self._processing_seconds()
         clock.move(processing, "transfer", "finalise")
         with clock("finalise"), self._naming("finalise"):
             self._engine.wake_cache()
@@ -169,12 +169,9 @@ class Refit:
             where = "" if bucket is None else f", bucket {bucket + 1} of {len(self._plan.buckets)}"
             raise RefitError(f"refit stopped on rank {rank} in phase {phase}{where}: {error}") from error
 
-    def _rpc(self, method: str, **arguments) -> None:
-        self._engine.llm.collective_rpc(method, kwargs=arguments)
-
-    def _processing_seconds(self) -> float:
-        (seconds,) = self._engine.llm.collective_rpc(lambda worker: worker.weight_transfer_engine.finalise_seconds)
-        return seconds
+    def _rpc(self, method: str, **arguments):
+        (result,) = self._engine.llm.collective_rpc(method, kwargs=arguments)
+        return result
 
     def _report(self, seconds: dict[str, float]) -> RefitReport:
         plan, size = self._plan, self._dtype.itemsize

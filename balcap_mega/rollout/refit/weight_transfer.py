@@ -23,9 +23,10 @@ from balcap_mega.rollout.refit.pieces import Write, checksums, rectangle
 
 @dataclass
 class InPlaceInitInfo(WeightTransferInitInfo):
-    """target_elements: how many elements of each parameter every update writes."""
+    """target_elements: how many elements of each parameter every update writes; dtype: in what they are sent."""
 
     target_elements: dict[str, int]
+    dtype: torch.dtype
 
 
 @dataclass
@@ -50,13 +51,15 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
     init_info_cls = InPlaceInitInfo
     update_info_cls = InPlaceUpdateInfo
     supports_draft_weight_update = False
+    trainer_send_weights = None  # vLLM 0.24 wants one; what sends here is `Refit`
 
     def init_transfer_engine(self, init_info: InPlaceInitInfo) -> None:
         self._elements: dict[str, int] = defaultdict(int)
         for name, elements in init_info.target_elements.items():
             self._elements[_layer_of(name)] += elements
         self._sharing = _layers_by_parameter(self.model)
-        self._dtype = self.model_config.dtype
+        self._device = next(self.model.parameters()).device
+        self._dtype = init_info.dtype
         self._scratch: list[Tensor] = []
         self.finalise_seconds = 0.0
 
@@ -65,8 +68,8 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
         self._laid_out: set[str] = set()
         self.finalise_seconds = 0.0
 
-    def receive_weights(self, update_info: InPlaceUpdateInfo) -> None:
-        """Write one bucket. Raises ValueError for a checksum that differs."""
+    def receive_weights(self, update_info: InPlaceUpdateInfo, load_weights: None = None) -> None:
+        """Write one bucket. Raises ValueError for a checksum that differs. (`load_weights` is vLLM 0.24's, unused.)"""
         for layer in {_layer_of(write.place.parameter) for write in update_info.writes} - self._laid_out:
             if self._is_converted(layer):
                 self._lay_out(layer)
@@ -84,9 +87,7 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
 
     def finish_weight_update(self) -> None:
         """Raises ValueError where a layer did not get all its weights."""
-        if (
-            self.device.type == "cuda"
-        ):  # whose allocator hands it out again at no cost; a CPU's would fault in each page
+        if self._device.type == "cuda":  # whose allocator hands it out again at no cost; a CPU's would fault in pages
             self._scratch = []
         unfinished = [layer for layer, elements in self._missing.items() if elements]
         if unfinished:
@@ -124,7 +125,7 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
         for place, memory in enumerate(self._scratch):
             if memory.numel() == elements and memory.dtype == dtype:
                 return self._scratch.pop(place)
-        return torch.empty(elements, dtype=dtype, device=self.device)
+        return torch.empty(elements, dtype=dtype, device=self._device)
 
     def _process(self, layer: str) -> None:
         start = time.perf_counter()
@@ -148,6 +149,30 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
                 f"rollout.verify_refit: {len(wrong)} of {len(writes)} pieces are not what the trainer sent, the first "
                 f"is {writes[wrong[0]].place}"
             )
+
+
+class RefitWorker:
+    """What vLLM's worker can do for a refit beside its own methods; the engine names it as `worker_extension_cls`.
+
+    The worker of vLLM 0.24 asks for the format of the weights, and keeps start and finish to itself.
+    """
+
+    def start_refit(self) -> None:
+        if _WORKER_TELLS_ENGINE:
+            self.start_weight_update()
+        else:
+            self.start_weight_update(is_checkpoint_format=False)
+            self.weight_transfer_engine.start_weight_update()
+
+    def finish_refit(self) -> float:
+        """Returns the update's `finalise_seconds`."""
+        self.finish_weight_update()
+        if not _WORKER_TELLS_ENGINE:
+            self.weight_transfer_engine.finish_weight_update()
+        return self.weight_transfer_engine.finalise_seconds
+
+
+_WORKER_TELLS_ENGINE = hasattr(WeightTransferEngine, "start_weight_update")
 
 
 def _layer_of(parameter: str) -> str:

@@ -1,0 +1,104 @@
+"""Memory that the optimizer gives up between updates: its state moves to the host and comes back bit for bit.
+
+Megatron-Core 0.16's own `MegatronOptimizer.offload_to_cpu` replaces tensors by copies. That breaks the link between a
+float32 parameter and its shard in the optimizer, which share memory, and brings the step counter of PyTorch's AdamW
+back on the wrong device. Here storages are emptied and filled again, so every tensor and view of them stays what it is.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from balcap_mega.config.schema import ParallelConfig
+from balcap_mega.parallel.platform import Platform
+
+HOST_BLOCK_BYTES = 2**28
+"""PyTorch rounds pinned allocations up to a power of two: this is one, so nothing is lost to it."""
+
+
+def takes_turns(config: ParallelConfig, platform: Platform) -> bool:
+    """Whether engine and learner take turns in the device's memory, as `parallel.offload` says."""
+    return platform.is_cuda if config.offload == "auto" else config.offload
+
+
+class OptimizerOffload:
+    """Gradient buffers, float32 weights and moments of one optimizer, on the device or away from it.
+
+    Gradients are dropped: every step begins by zeroing them. The rest is copied to host memory, pinned where the device
+    is a GPU, which is allocated once and kept. Weights stay where they are: the engine's copy is made from them.
+    """
+
+    def __init__(self, model: DistributedDataParallel, optimizer: MegatronOptimizer, device: torch.device):
+        self._model, self._optimizer, self._device = model, optimizer, device
+        self._blocks: list[Tensor] = []
+        self._away: list[tuple[torch.UntypedStorage, int]] = []  # what was emptied, and its bytes
+        self.is_offloaded = False
+
+    def offload(self) -> None:
+        """Free the device memory. Does nothing when that is done already. Enter `platform.megatron()` first."""
+        if self.is_offloaded:
+            return
+        self._away = [(storage, storage.nbytes()) for storage in self._storages()]
+        for host, on_device in self._pairs():
+            host.copy_(on_device, non_blocking=True)
+        self._synchronize()
+        for storage, _ in self._away:
+            storage.resize_(0)
+        self._model.offload_grad_buffers()  # and empties PyTorch's cache: the engine allocates past it
+        self.is_offloaded = True
+
+    def onload(self) -> None:
+        """Bring everything back, gradients as zeros. Does nothing when it is back. Enter `platform.megatron()` first."""
+        if not self.is_offloaded:
+            return
+        self._model.restore_grad_buffers()
+        for storage, size in self._away:
+            storage.resize_(size)
+        for host, on_device in self._pairs():
+            on_device.copy_(host, non_blocking=True)
+        self._synchronize()
+        self._away = []
+        self.is_offloaded = False
+
+    def _storages(self) -> list[torch.UntypedStorage]:
+        """Of all the optimizer's tensors on the device, each once, but for those of the model's own parameters."""
+        parts = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        inner = [part.optimizer for part in parts if part.optimizer is not None]
+        tensors = chain.from_iterable(
+            [*(p for group in optimizer.param_groups for p in group["params"]), *_tensors(optimizer.state)]
+            for optimizer in inner
+        )
+        kept = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+        found = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+            for tensor in tensors
+            if tensor.device == self._device and tensor.numel()
+        }
+        return [storage for address, storage in found.items() if address not in kept]
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Equally long stretches of bytes: on the host, and on the device, where the storages lie one after another."""
+        at = 0
+        for storage, size in self._away:
+            on_device = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+            done = 0
+            while done < size:
+                block, start = divmod(at, HOST_BLOCK_BYTES)
+                if block == len(self._blocks):
+                    pinned = self._device.type == "cuda"
+                    self._blocks.append(torch.empty(HOST_BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
+                length = min(size - done, HOST_BLOCK_BYTES - start)
+                yield self._blocks[block][start : start + length], on_device[done : done + length]
+                done, at = done + length, at + length
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _tensors(state: dict) -> Iterable[Tensor]:
+    return (value for of_parameter in state.values() for value in of_parameter.values() if isinstance(value, Tensor))
