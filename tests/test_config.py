@@ -70,6 +70,8 @@ REFUSED = {
     "two models": (["model.path=/m"], ["path=/m", "tiny=llava", "exactly one"]),
     "sequence without tensor": (["parallel.sequence=true"], ["parallel", "tensor >= 2"]),
     "judge without data": (["rewards={judge: mllm, endpoint: {base_url: u, model: m}}"], ["judge=mllm", "scenes"]),
+    "fp8 of float32": (["model.dtype=float32", "model.fp8=hybrid"], ["fp8=hybrid", "model.dtype=bfloat16"]),
+    "fp8 uncorrected": (["rollout.fp8=true", "algorithm.importance_cap=null"], ["rollout.fp8=true", "importance_cap"]),
     "several at once": (["seed=-1", "steps=x"], ["seed=-1", "steps='x'"]),
 }
 

@@ -35,7 +35,7 @@ def make_learner(folder, dtype="float32", parallel=PARALLEL, **algorithm) -> Lea
     return Learner(folder, model, parallel, OptimizerConfig(learning_rate=1e-2), config, Platform.resolve("cpu"))
 
 
-def make_batch(folder, learner, layout, updates=1):
+def make_batch(folder, learner, layout, updates=1, fp8="none"):
     """Two prompts with two captions each, with made-up engine logprobs and advantages."""
     processor = PromptProcessor(folder)
     records = [CaptionRecord(str(n), Image.new("RGB", (56, 84), (9, 99, 40 * n)), "Describe it.", "") for n in range(2)]
@@ -46,7 +46,7 @@ def make_batch(folder, learner, layout, updates=1):
         groups.append(RolloutGroup(number, processor(record).prompt_token_ids, rollouts))
     values = torch.tensor([1.0, -1.0, 0.5, -0.5])
     advantages = Advantages(values, values[None], torch.zeros(4, dtype=torch.bool))
-    config = RunConfig(output_dir="unused", model={"path": str(folder)}, packing={"row_tokens": 256})
+    config = RunConfig(output_dir="unused", model={"path": str(folder), "fp8": fp8}, packing={"row_tokens": 256})
     builder = batch_builder(processor, config, layout, learner.architecture)
     return builder.from_rollouts(Prompts(records, range(2)), groups, advantages, updates).minibatches
 

@@ -37,6 +37,12 @@ class ModelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def fp8_beside_bfloat16(self):
+        if self.fp8 != "none" and self.dtype != "bfloat16":
+            raise ValueError(f"fp8={self.fp8} quantises bfloat16, not dtype={self.dtype}; set model.dtype=bfloat16")
+        return self
+
 
 class ParallelConfig(Section):
     """Megatron layout; data parallelism is what remains of the world size.
@@ -227,5 +233,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"rewards.judge={self.rewards.judge} cannot judge data.source={self.data.source}; the rule-based judge "
                 "knows only scenes: use judge=scenes with source=scenes and judge=mllm with any other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def fp8_rollouts_are_corrected(self):
+        if self.rollout.fp8 and self.algorithm.importance_cap is None:
+            raise ValueError(
+                "rollout.fp8=true samples from another policy than the one trained; set algorithm.importance_cap, "
+                "such as 2.0, or rollout.fp8=false"
             )
         return self

@@ -6,7 +6,7 @@ Both families are covered at every size by configuration alone: Qwen2.5-VL (3B t
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -147,8 +147,10 @@ class Architecture:
                 remedy=f"use at most {self.num_layers}",
             )
 
-    def transformer_config(self, model: ModelConfig, parallel: ParallelConfig, platform: Platform) -> TransformerConfig:
-        """Megatron's config for this model under that layout, on that device."""
+    def transformer_config(
+        self, model: ModelConfig, parallel: ParallelConfig, platform: Platform, **extra: Any
+    ) -> TransformerConfig:
+        """Megatron's config for this model under that layout, on that device; `extra` are more of its fields."""
         dtype = platform.dtype(model.dtype)
         stages = self.layers_per_stage(parallel.pipeline)
         options = {}
@@ -163,13 +165,6 @@ class Architecture:
             options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         elif model.recompute == "selective":
             options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-        if model.fp8 != "none":
-            options |= {
-                "fp8": model.fp8,
-                "fp8_recipe": model.fp8_recipe,
-                # Delayed scaling keeps one history for the whole model and cannot leave layers out.
-                "first_last_layers_bf16": model.fp8_recipe != "delayed",
-            }
         return TransformerConfig(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -204,6 +199,7 @@ class Architecture:
             calculate_per_token_loss=True,
             finalize_model_grads_func=finalize_gradients,
             **options,
+            **extra,
         )
 
 

@@ -1,7 +1,9 @@
-"""Layer specs of the language model: Megatron's own linears on a CPU, Transformer Engine's on a GPU.
+"""Layer specs of the language model: Megatron's own linears, or Transformer Engine's where that is installed on a GPU.
 
 Both compute attention with `SegmentAttention`, which reads the packed row's segments where Megatron passes a mask.
 """
+
+from importlib import metadata
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -13,6 +15,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from packaging.version import Version
 
 from balcap_mega.models.attention import SegmentAttention
 
@@ -39,16 +42,35 @@ def _local_layer() -> tuple[ModuleSpec, type]:
     return _layer(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, norm=RMSNorm, separate_norms=True)
 
 
-def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
-    """Norms are fused into the linear that follows them; fp8 is switched on by the config around each layer."""
-    from megatron.core.extensions.transformer_engine import (
-        TELayerNormColumnParallelLinear,
-        TENorm,
-        TERowParallelLinear,
-    )
+def transformer_engine_version() -> Version | None:
+    """None where it is not installed: then there is no FP8, and norms are not fused into linears."""
+    try:
+        return Version(metadata.version("transformer_engine_torch"))
+    except metadata.PackageNotFoundError:
+        return None
 
-    column = TELayerNormColumnParallelLinear
-    return _layer(column, column, TERowParallelLinear, norm=TENorm, separate_norms=False)
+
+def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
+    """Norms are fused into the linear that follows them; FP8 is switched on by the config around each layer."""
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+    class ColumnLinear(_NoExtraState, TELayerNormColumnParallelLinear):
+        pass
+
+    class RowLinear(_NoExtraState, TERowParallelLinear):
+        pass
+
+    return _layer(ColumnLinear, ColumnLinear, RowLinear, norm=RMSNorm, separate_norms=False)
+
+
+class _NoExtraState:
+    """Keeps Transformer Engine's pickled FP8 state out of checkpoints, which are read without unpickling.
+
+    Only delayed scaling has any: after a resume it measures its scales anew.
+    """
+
+    get_extra_state = torch.nn.Module.get_extra_state
+    set_extra_state = torch.nn.Module.set_extra_state
 
 
 def _layer(qkv: type, fc1: type, row: type, *, norm: type, separate_norms: bool) -> tuple[ModuleSpec, type]:

@@ -40,7 +40,8 @@ from torch import Tensor
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.layer_specs import block_spec
+from balcap_mega.models.fp8 import check_fp8, check_fp8_machine, fp8_options
+from balcap_mega.models.layer_specs import block_spec, transformer_engine_version
 from balcap_mega.models.vision import VisionInputs, build_vision_tower, encode_images
 from balcap_mega.parallel.gradients import PARTIAL_OVER_TENSOR_PARALLEL
 from balcap_mega.parallel.groups import current_layout
@@ -104,6 +105,7 @@ class VisionLanguagePolicy(MegatronModule):
         self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
         self.freeze_vision = freeze_vision
+        self.transformer_engine = transformer_engine
         self._frozen_embeddings: WeakKeyDictionary[VisionInputs, Tensor] = WeakKeyDictionary()
         self.vision = build_vision_tower(architecture.vision) if layout.is_first_stage else None
         if self.vision is not None:
@@ -191,11 +193,14 @@ def build_policy(
     Needs `initialize_parallel`; raises UserError where the model cannot be cut into this layout.
     """
     architecture.check_layout(parallel)
+    check_fp8(architecture, model, parallel)
+    if platform.is_cuda:
+        check_fp8_machine(model, platform.device)
     with platform.megatron(), torch.device(platform.device):
         policy = VisionLanguagePolicy(
             architecture,
-            architecture.transformer_config(model, parallel, platform),
+            architecture.transformer_config(model, parallel, platform, **fp8_options(model)),
             freeze_vision=model.freeze_vision,
-            transformer_engine=platform.is_cuda,
+            transformer_engine=platform.is_cuda and transformer_engine_version() is not None,
         )
     return policy.to(platform.device)

@@ -10,6 +10,7 @@ from balcap_mega.algorithm.batch import Advantages
 from balcap_mega.config.schema import PackingConfig, RunConfig
 from balcap_mega.data.records import CaptionDataset, CaptionRecord
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.fp8 import row_multiple
 from balcap_mega.models.processing import ProcessedPrompt, PromptProcessor
 from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.packing.plan import GroupLengths, PackingPlan, plan_rows
@@ -18,8 +19,6 @@ from balcap_mega.rollout.engine import Prompt
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import RolloutGroup
 from balcap_mega.training.microbatch import Microbatch, SequenceValues
-
-FP8_ROW_MULTIPLE = 128  # blockwise scaling needs it, and the other recipes lose nothing by it
 
 
 class Prompts(Mapping[int, CaptionRecord]):
@@ -57,8 +56,7 @@ def batch_builder(
     processor: PromptProcessor, config: RunConfig, layout: ModelLayout, architecture: Architecture
 ) -> "BatchBuilder":
     """The builder whose rows fit the layout: sequence parallelism cuts them evenly, FP8 GEMMs want whole tiles."""
-    tile = FP8_ROW_MULTIPLE if config.model.fp8 != "none" else 1
-    pad_to = layout.tensor_size * tile if config.parallel.sequence else tile
+    pad_to = row_multiple(config.model, config.parallel)
     return BatchBuilder(processor, config.packing, layout, hidden_size=architecture.hidden_size, pad_to=pad_to)
 
 

@@ -24,7 +24,7 @@ def build_refit(
         pipeline_size=parallel.pipeline,
         engine_tensor_size=engine.config.tensor_parallel,
         vision_data_parallel=engine.vision_data_parallel,
-        transformer_engine=engine.device.type == "cuda",
+        transformer_engine=policy.transformer_engine,
     )
     plan = layout.plan(
         torch.distributed.get_rank() if initialized else 0,
