@@ -64,6 +64,11 @@ class OptimizerOffload:
         self._away = []
         self.is_offloaded = False
 
+    @property
+    def host_bytes(self) -> int:
+        """What waits on the host: float32 weights and moments, while they are away."""
+        return sum(size for _, size in self._away)
+
     def _storages(self) -> list[torch.UntypedStorage]:
         """Of all the optimizer's tensors on the device, each once, but for those of the model's own parameters."""
         parts = getattr(self._optimizer, "chained_optimizers", [self._optimizer])

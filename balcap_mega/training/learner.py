@@ -64,7 +64,7 @@ class Learner:
         with platform.megatron():
             self.model = wrap_ddp(self.policy, parallel)
             self.optimizer = build_optimizer(self.model, optimizer, parallel)
-        self._offload = OptimizerOffload(self.model, self.optimizer, platform.device)
+        self.optimizer_offload = OptimizerOffload(self.model, self.optimizer, platform.device)
         self.takes_turns = takes_turns(parallel, platform)
         self.reference = self._copy_of_weights() if algorithm.kl_weight > 0 else None
 
@@ -115,12 +115,12 @@ class Learner:
         """
         if self.takes_turns:
             with self.platform.megatron():
-                self._offload.offload()
+                self.optimizer_offload.offload()
 
     def onload(self) -> None:
         """Take it back, bit for bit as it was."""
         with self.platform.megatron():
-            self._offload.onload()
+            self.optimizer_offload.onload()
 
     def _head(self, weight: Tensor) -> HeadShard:
         return HeadShard(
@@ -170,7 +170,7 @@ class Learner:
         def loss(microbatch: Microbatch, loss_sum: Tensor) -> tuple[Tensor, Tensor, None]:
             return loss_sum, results[id(microbatch)].normaliser.int(), None
 
-        if self._offload.is_offloaded:
+        if self.optimizer_offload.is_offloaded:
             raise RuntimeError("the optimizer is offloaded: call onload() before an update")
         self.model.train()
         with self.platform.megatron():

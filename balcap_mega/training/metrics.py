@@ -10,23 +10,49 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
 class PhaseTimer:
-    """`with phase("rollout"): ...` adds the block's wall time to `phase.seconds["rollout"]`, also if it raises."""
+    """`with phase("rollout"): ...` adds the block's wall time to `phase.seconds["rollout"]`, also if it raises.
 
-    def __init__(self) -> None:
+    On a CUDA `device` it also fills `phase.memory`, in GiB, with the largest seen of
+        rollout_used:       of the whole device as the phase ends. PyTorch keeps what it has freed, so this is the
+                            phase's peak, unless it returned memory to the driver
+        rollout_allocated:  PyTorch's peak of live tensors; a sleeping engine's count as if they were there
+        rollout_reserved:   PyTorch's peak with what it keeps
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
+        self._device = device if device is not None and device.type == "cuda" else None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if self._device is not None:
+                self._keep_memory(name)
+
+    def _keep_memory(self, name: str) -> None:
+        free, total = torch.cuda.mem_get_info(self._device)
+        peaks = {
+            "used": total - free,
+            "allocated": torch.cuda.max_memory_allocated(self._device),
+            "reserved": torch.cuda.max_memory_reserved(self._device),
+        }
+        for kind, value in peaks.items():
+            key = f"{name}_{kind}"
+            self.memory[key] = max(self.memory.get(key, 0.0), value / 2**30)
 
 
 class MetricsLogger:

