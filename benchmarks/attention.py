@@ -1,9 +1,10 @@
 """Time the attention backends on the shared-prefix pattern, forward and backward.
 
-    python benchmarks/attention.py [--json FILE] [--prefixes 64 576 1280] [--groups 1 4 8 16] [--caption 175]
+    python benchmarks/attention.py [--json FILE] [--record [FILE]] [--prefixes 64 576 1280] [--groups 1 4 8 16] [--caption 175]
 
 On a CPU `cpu` meets three plainer ways: SDPA a segment at a time with a mask over prefix and segment, one SDPA with the
-dense mask of the whole row, and SDPA of the unshared batch. On CUDA `flash` meets `flex`, at Qwen2.5-VL-7B's heads.
+dense mask of the whole row, and SDPA of the unshared batch. On CUDA `flash` meets `flex`, at Qwen2.5-VL-7B's heads, and
+`--record` keeps each one's total for this GPU in the file from which the policy chooses.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from balcap_mega.models.attention_backends import find_backend
+from balcap_mega.models.attention_backends.measured import MEASURED
 from balcap_mega.models.attention_backends.plan import AttentionPlan, plan_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -96,6 +98,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--record", type=Path, nargs="?", const=MEASURED, help="on CUDA: the file to keep totals in")
     parser.add_argument("--prefixes", type=int, nargs="+", default=[64, 576, 1280])
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--caption", type=int, default=175)
@@ -125,10 +128,21 @@ def main() -> None:
                 results.append(result | {"gflops_per_second": round(flops / elapsed / 1e6, 1)})
                 print(" ".join(f"{key}={value}" for key, value in results[-1].items()), flush=True)
     if arguments.json:
-        setting = vars(arguments) | {"json": None, "device": device, "dtype": str(dtype), "torch": torch.__version__}
+        setting = vars(arguments) | {"json": None, "record": None, "device": device, "dtype": str(dtype), "torch": torch.__version__}
         arguments.json.write_text(
             json.dumps({"command": sys.argv, "setting": setting, "results": results}, indent=1) + "\n"
         )
+    if arguments.record and cuda:
+        record(arguments.record, results)
+
+
+def record(file: Path, results: list[dict]) -> None:
+    """Each backend's milliseconds over all cases, under this GPU's name."""
+    totals: dict[str, float] = {}
+    for result in results:
+        totals[result["backend"]] = round(totals.get(result["backend"], 0.0) + result["ms"], 3)
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(known | {torch.cuda.get_device_name(): totals}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

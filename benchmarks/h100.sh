@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
-# GPU tests, kernels, attention backends and the refit on one H100, unattended: bash benchmarks/h100.sh [--fresh]
-# Every part has a time limit; a part that fails or runs out leaves the others alone. Logs stay in runs/h100/, numbers in
-# benchmarks/results/kernels_h100.json, and a second call does only what is missing there. Ends with one table.
-# Exit status: 0 all parts passed, 1 a part failed, 3 no GPU.
+# Everything that needs a GPU, unattended: tests and measurements, on one H100.
+#   bash benchmarks/h100.sh [--fresh] [--budget SECONDS] [PART ...]
+# Parts run in order of their worth, each under a time limit; one that fails or runs out leaves the others alone. With
+# --budget no part starts that might not end in time. A second call does only what has not passed. Logs and numbers
+# stand in runs/h100/ as soon as they are there; numbers are copied to benchmarks/results/, and all of it to $OUT if that
+# is set. The attention part also changes balcap_mega/models/attention_backends/measured.json, from which the policy
+# chooses its backend. Ends with one table. Exit status: 0 all parts passed, 1 a part failed or is left, 3 no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=runs/h100
-numbers=benchmarks/results/kernels_h100.json
 python="${PYTHON:-$( [ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3 )}"
-[ "${1:-}" = --fresh ] && rm -rf "$results" "$numbers"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+budget=0 wanted=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --fresh) rm -rf "$results" ;;
+        --budget) budget="$2" && shift ;;
+        *) wanted+=("$1") ;;
+    esac
+    shift
+done
 mkdir -p "$results"
 
 if ! "$python" -c 'import balcap_mega, torch, triton' 2> "$results/import.log"; then
@@ -18,24 +29,40 @@ if ! "$python" -c 'import balcap_mega, torch, triton' 2> "$results/import.log"; 
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "No CUDA device here (torch $("$python" -c 'import torch; print(torch.__version__)'))."
-    echo "Not run: the tests marked gpu, and the benchmarks of kernels, attention backends and the refit on CUDA."
-    echo "What runs without a GPU: tests/run.sh, which has the kernels interpreted and compiled for sm_90,"
-    echo "and $python benchmarks/kernels.py --device cpu."
+    echo "Not run: the tests marked gpu, and the benchmarks of whole steps, kernels, attention backends, the refit and"
+    echo "checkpoints on CUDA. What runs without a GPU: tests/run.sh, which has the kernels interpreted and compiled for"
+    echo "sm_90, and $python benchmarks/kernels.py --device cpu."
     exit 3
 fi
-for package in liger_kernel trl; do
-    "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" ||
-        echo "$package is not installed: its rows will be missing."
-done
+
+installed() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+lacking=""
+for package in transformer_engine vllm liger_kernel trl; do installed "$package" || lacking+=" $package"; done
 
 names=() states=()
-# part NAME SECONDS COMMAND...: run it unless it has passed before; its output goes to NAME.log
+copy_results() {
+    cp "$results"/*_h100.json benchmarks/results/ 2> /dev/null
+    cp balcap_mega/models/attention_backends/measured.json "$results"/
+    if [ -n "${OUT:-}" ]; then cp -r "$results" "$OUT"/ 2> /dev/null; fi
+}
+# part NAME SECONDS NEEDS COMMAND...: run it unless it has passed before; its output goes to NAME.log
 part() {
-    local name="$1" limit="$2" log="$results/$1.log" start=$SECONDS status
-    shift 2
+    local name="$1" limit="$2" needs="$3" log="$results/$1.log" start=$SECONDS status
+    shift 3
+    if [ ${#wanted[@]} -gt 0 ] && [[ " ${wanted[*]} " != *" $name "* ]]; then return; fi
     names+=("$name")
     if [ -e "$results/$name.passed" ]; then
         states+=("passed before")
+        return
+    fi
+    for package in $needs; do
+        if [[ " $lacking " == *" $package "* ]]; then
+            states+=("left out: $package is not installed")
+            return
+        fi
+    done
+    if [ "$budget" -gt 0 ] && [ $((SECONDS + limit)) -gt "$budget" ]; then
+        states+=("LEFT: may take $limit s of the $((budget - SECONDS)) s that remain")
         return
     fi
     echo "$name: at most $limit s, log in $log"
@@ -47,29 +74,42 @@ part() {
         124 | 137) states+=("TIME LIMIT of $limit s, see $log") ;;
         *) states+=("FAILED with status $status, see $log") ;;
     esac
+    copy_results
 }
 
-benchmark=("$python" benchmarks/kernels.py --device cuda --json "$numbers" --limit 120)
-part tests_kernels 600 "$python" -m pytest tests/test_kernels.py -q -m gpu
-part tests_gpu 900 "$python" -m pytest tests -q -m gpu --deselect tests/test_kernels.py
-part reward_to_loss 300 "${benchmark[@]}" --ops reward_to_loss
-part lm_head 1200 "${benchmark[@]}" --ops lm_head
-part logprobs 600 "${benchmark[@]}" --ops logprobs
-part attention 600 "$python" benchmarks/attention.py --json benchmarks/results/attention_h100.json
-if "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"; then
-    part refit 900 "$python" benchmarks/refit.py --model 7b --gib 13 --json benchmarks/results/refit_h100.json
-else
-    echo "vllm is not installed: the refit is left out."
-fi
+tests=("$python" -m pytest -q -m gpu -p no:cacheprovider)
+step=("$python" benchmarks/throughput.py --json "$results/throughput_h100.json")
+kernels=("$python" benchmarks/kernels.py --device cuda --json "$results/kernels_h100.json" --limit 60)
+part tests_kernels 240 "" "${tests[@]}" tests/test_kernels.py
+part tests_attention 120 "" "${tests[@]}" tests/test_attention.py
+part throughput_3b 360 vllm "${step[@]}" --model qwen2_5_vl_3b
+part colocation 300 vllm "${tests[@]}" tests/test_colocation.py
+part tests_fp8 240 transformer_engine "${tests[@]}" tests/test_fp8.py -k near
+part throughput_7b 360 vllm "${step[@]}" --model qwen2_5_vl_7b --layers 10
+part lm_head 400 "" "${kernels[@]}" --ops lm_head --only bound balcap eager
+part reward_to_loss 120 "" "${kernels[@]}" --ops reward_to_loss
+part attention 180 "" "$python" benchmarks/attention.py --record --json "$results/attention_h100.json"
+part refit 360 vllm "$python" benchmarks/refit.py --model 7b --gib 6 --json "$results/refit_h100.json"
+part throughput_7b_fp8 360 "vllm transformer_engine" "${step[@]}" --model qwen2_5_vl_7b --layers 10 --fp8 hybrid --rollout-fp8
+part throughput_llava 360 vllm "${step[@]}" --model llava15_7b --layers 10
+part checkpoint_io 200 "" "$python" benchmarks/checkpoint_io.py --model 7b --gib 4
+part logprobs 240 "" "${kernels[@]}" --ops logprobs --only bound balcap eager
+part learning_fp8 580 "vllm transformer_engine" "${tests[@]}" tests/test_fp8.py -k learns
+part tests_others 580 "" "${tests[@]}" tests --ignore tests/test_kernels.py \
+    --ignore tests/test_attention.py --ignore tests/test_colocation.py --ignore tests/test_fp8.py
+part kernels_others 580 "" "${kernels[@]}"
 
 echo
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv,noheader 2> /dev/null
-printf '%-16s %s\n' part state
+[ -z "$lacking" ] || echo "Not installed:$lacking. Parts or rows that need them are missing."
+printf '%-18s %s\n' part state
 failed=0
 for index in "${!names[@]}"; do
-    printf '%-16s %s\n' "${names[$index]}" "${states[$index]}"
-    case "${states[$index]}" in passed*) ;; *) failed=1 ;; esac
+    printf '%-18s %s\n' "${names[$index]}" "${states[$index]}"
+    case "${states[$index]}" in passed* | "left out"*) ;; *) failed=1 ;; esac
 done
-echo
-"$python" benchmarks/kernels.py --table "$numbers" || failed=1
+for table in throughput kernels; do
+    file="$results/${table}_h100.json"
+    if [ -e "$file" ]; then echo && "$python" "benchmarks/$table.py" --table "$file"; fi
+done
 exit "$failed"

@@ -275,7 +275,11 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="steps before those that count")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, help="measure nothing, print this file of rows")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(*map(table, json.loads(arguments.table.read_text())), sep="\n\n")
+        return
     quiet_libraries()
     platform = Platform.resolve("auto")
     initialize_parallel(ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline), platform)

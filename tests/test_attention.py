@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from balcap_mega.models.attention_backends import find_backend
+from balcap_mega.models.attention_backends import find_backend, measured
 from balcap_mega.models.attention_backends.plan import plan_attention
 
 
@@ -113,6 +113,15 @@ def test_cuda_backends_equal_the_cpu(backend, shape):
         values.append([output.detach(), *(tensor.grad for tensor in tensors)])
     for expected, actual in zip(*values):
         torch.testing.assert_close(actual.cpu().float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+def test_the_fastest_measured_backend_is_chosen(tmp_path, monkeypatch):
+    file = tmp_path / "measured.json"
+    file.write_text('{"H100": {"flash": 20.5, "flex": 14.0}}')
+    monkeypatch.setattr(measured, "MEASURED", file)
+    assert measured.fastest_backend("H100") == "flex"
+    assert measured.fastest_backend("a GPU that nobody measured") == "flash"
+    measured.fastest_backend.cache_clear()
 
 
 def test_overlapping_segments_are_refused():

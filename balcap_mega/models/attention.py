@@ -5,6 +5,7 @@ Drop-in for Megatron-Core 0.16's `DotProductAttention`; `attention_mask` carries
 
 import math
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from balcap_mega.models.attention_backends import find_backend
+from balcap_mega.models.attention_backends.measured import fastest_backend
 from balcap_mega.models.attention_backends.plan import plan_attention
 
 
@@ -65,7 +67,7 @@ class SegmentAttention(MegatronModule):
 
 
 def _backend_for(query: Tensor) -> str:
-    """The fastest exact backend for a query's device and dtype (`benchmarks/attention.py` compares them)."""
+    """The fastest exact backend for a query's device and dtype: only flex computes in float32 on a GPU."""
     if not query.is_cuda:
         return "cpu"
-    return "flash" if query.element_size() == 2 else "flex"
+    return fastest_backend(torch.cuda.get_device_name(query.device)) if query.element_size() == 2 else "flex"
