@@ -124,20 +124,20 @@ def prepare(folder: Path, config: RunConfig, arguments: argparse.Namespace, plat
     return trainer
 
 
-def count_flops(trainer: Trainer, rows: dict[str, float], config: RunConfig) -> dict[str, float]:
+def count_flops(trainer: Trainer, size: dict[str, float]) -> dict[str, float]:
     """FLOPs of a step over all ranks, by the definitions at the top of this file."""
     a = trainer.learner.architecture
     attention_weights = a.hidden_size * a.head_dim * (2 * a.num_attention_heads + 2 * a.num_kv_heads)
     decoder = a.num_layers * (attention_weights + 3 * a.hidden_size * a.ffn_hidden_size)
     head = a.hidden_size * a.vocab_size
     pair = 4 * a.head_dim * a.num_attention_heads * a.num_layers
-    prompts, group, caption, prompt = (rows[key] for key in ("prompts", "group_size", "caption_tokens", "prompt_tokens"))
-    captions = prompts * group * caption
+    prompts, group, caption, prompt = (size[key] for key in ("prompts", "group_size", "caption_tokens", "prompt_tokens"))
+    captions, packed = prompts * group * caption, size["packed_tokens"]
     pairs = prompts * (prompt * (prompt + 1) / 2 + group * (caption * prompt + caption * (caption + 1) / 2))
-    vision = 2 * rows["vision_parameters"] * rows["image_patches"] * prompts
+    vision = 2 * size["vision_parameters"] * size["image_patches"] * prompts
     return {
-        "update": 6 * decoder * (prompts * prompt + captions) + 3 * pair * pairs + 6 * head * captions + vision,
-        "rollout": 2 * decoder * (prompts * prompt + captions) + pair * pairs + 2 * head * captions + vision,
+        "update": 6 * decoder * packed + 3 * pair * pairs + 6 * head * captions + vision,
+        "rollout": 2 * decoder * packed + pair * pairs + 2 * head * captions + vision,
     }
 
 
@@ -185,11 +185,12 @@ def measure(arguments: argparse.Namespace, folder: Path, platform: Platform) -> 
     rows = [trainer.step(number) for number in range(arguments.warmup + arguments.steps)][arguments.warmup :]
 
     world = torch.distributed.get_world_size()
-    size, seconds, memory = sizes(trainer, config), median_of(rows, "seconds/"), median_of(rows, "memory/")
-    flops = count_flops(trainer, size, config)
+    seconds, memory = median_of(rows, "seconds/"), median_of(rows, "memory/")
+    packed = rows[0]["packing/tokens"] * (1 - rows[0]["packing/padding_share"])
+    size = sizes(trainer, config) | {"packed_tokens": round(packed)}
+    flops = count_flops(trainer, size)
     captions = size["prompts"] * size["group_size"] * size["caption_tokens"]
     prompts = size["prompts"] * size["group_size"] * size["prompt_tokens"]
-    packed = rows[0]["packing/tokens"] * (1 - rows[0]["packing/padding_share"])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     peak = next((value for name, value in BFLOAT16_PEAK.items() if name in device), None)
     return {
@@ -200,7 +201,7 @@ def measure(arguments: argparse.Namespace, folder: Path, platform: Platform) -> 
         "layout": config.parallel.model_dump() | {"engine_tensor": config.rollout.tensor_parallel},
         "precision": config.model.model_dump(include={"dtype", "fp8", "fp8_recipe", "recompute"})
         | {"rollout_fp8": config.rollout.fp8, "transformer_engine": trainer.learner.policy.transformer_engine},
-        "sizes": size | {"row_tokens": config.packing.row_tokens, "packed_tokens": packed},
+        "sizes": size | {"row_tokens": config.packing.row_tokens},
         "steps": arguments.steps,
         "tokens_per_second_per_gpu": {
             "sample": (prompts + captions) / seconds["step"] / world,
