@@ -69,14 +69,16 @@ class RolloutEngine:
         self.sleeps = sleeps and device.type == "cuda"
         self.processor = PromptProcessor(model_folder)
         # Vision layers of Qwen2.5-VL cannot be cut evenly at every size; whole images go to single ranks instead.
-        family = Architecture.from_folder(model_folder).family
-        self.vision_data_parallel = family == "qwen2_5_vl" and config.tensor_parallel > 1
+        architecture = Architecture.from_folder(model_folder)
+        self.vision_data_parallel = architecture.family == "qwen2_5_vl" and config.tensor_parallel > 1
         self._vllm = import_vllm()
         _register_weight_transfer()
         with process_state_kept(device):
             arguments = engine_arguments(model_folder, config, device, dtype, seed)
             if self.sleeps:
                 arguments["enable_sleep_mode"] = True
+            if config.fp8:
+                arguments |= fp8_arguments(architecture.num_layers)
             if self.vision_data_parallel:
                 arguments["mm_encoder_tp_mode"] = "data"
             self.llm = self._vllm.LLMEngine.from_engine_args(self._vllm.EngineArgs(**arguments))
@@ -236,9 +238,20 @@ def engine_arguments(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(config.max_model_len, 8192),
         }
-    if config.fp8:
-        arguments["quantization"] = "fp8"
     return arguments
+
+
+def fp8_arguments(num_layers: int) -> dict[str, Any]:
+    """Have vLLM quantise the decoder's linears as it loads them, but for those that `model.fp8` leaves in bfloat16 too.
+
+    A scale for each output channel of a weight and, as it comes, for each token.
+    """
+    ends = "|".join(str(layer) for layer in sorted({0, num_layers - 1}))
+    unquantised = ["visual", "vision_tower", "multi_modal_projector", rf"layers\.({ends})"]
+    return {
+        "quantization": "fp8_per_channel",
+        "quantization_config": {"ignore": [rf"re:(.*\.)?{name}\..*" for name in unquantised]},
+    }
 
 
 def _register_weight_transfer() -> None:

@@ -80,8 +80,9 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
         if update_info.checksums is not None:
             self._check(update_info.writes, targets, update_info.checksums)
         for write in update_info.writes:
-            layer = _layer_of(write.place.parameter)
-            self._missing[layer] -= write.values.numel()
+            self._missing[_layer_of(write.place.parameter)] -= write.values.numel()
+        # In one order on all ranks of an engine: to quantise a weight cut along its inputs, vLLM asks the other ranks.
+        for layer in sorted({_layer_of(write.place.parameter) for write in update_info.writes}):
             if self._missing[layer] == 0:
                 self._process(layer)
 
