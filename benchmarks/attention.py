@@ -1,6 +1,7 @@
 """Time the attention backends on the shared-prefix pattern, forward and backward.
 
-    python benchmarks/attention.py [--json FILE] [--record [FILE]] [--prefixes 64 576 1280] [--groups 1 4 8 16] [--caption 175]
+    python benchmarks/attention.py [--json FILE] [--record [FILE]]
+                                   [--prefixes 64 576 1280] [--groups 1 4 8 16] [--caption 175]
 
 On a CPU `cpu` meets three plainer ways: SDPA a segment at a time with a mask over prefix and segment, one SDPA with the
 dense mask of the whole row, and SDPA of the unshared batch. On CUDA `flash` meets `flex`, at Qwen2.5-VL-7B's heads, and
@@ -128,7 +129,13 @@ def main() -> None:
                 results.append(result | {"gflops_per_second": round(flops / elapsed / 1e6, 1)})
                 print(" ".join(f"{key}={value}" for key, value in results[-1].items()), flush=True)
     if arguments.json:
-        setting = vars(arguments) | {"json": None, "record": None, "device": device, "dtype": str(dtype), "torch": torch.__version__}
+        setting = vars(arguments) | {
+            "json": None,
+            "record": None,
+            "device": device,
+            "dtype": str(dtype),
+            "torch": torch.__version__,
+        }
         arguments.json.write_text(
             json.dumps({"command": sys.argv, "setting": setting, "results": results}, indent=1) + "\n"
         )

@@ -4,23 +4,24 @@
     python benchmarks/throughput.py --model qwen2_5_vl_7b --layers 12 --fp8 hybrid --rollout-fp8
     torchrun --nproc-per-node 8 benchmarks/throughput.py --model qwen2_5_vl_7b --tensor 4 --sequence
 
-The step is `Trainer.step`: vLLM samples, Megatron updates, the refit moves the weights, engine and learner take turns on
-the device. Images are drawn scenes at --image-size. Two things are not those of a real run: captions are random words
+The step is `Trainer.step`: vLLM samples, Megatron updates, the refit moves the weights, and engine and learner take turns
+on the device. Images are drawn scenes at --image-size. Two things are not those of a real run: captions are random words
 that all run to --caption-tokens, and the judge answers at once, with random scores (a real judge runs elsewhere, while
 captions are still generated).
 
 `--json FILE` appends a row to the list in FILE:
 
-    tokens_per_second_per_gpu   sample: prompts (once for every caption, as others count) and captions over the whole step
-                                response: captions alone, over the whole step; rollout: captions over the rollout phase;
-                                update: packed tokens, each prompt once, over the update phase
-    mfu                         update, step: FLOPs over time and the GPU's dense bfloat16 peak, null where not known
-    flops                       what counts: matrix products of the decoder, 2 FLOPs a multiply-add, three times for an
-                                update (no recomputation); attention inside the pattern; the LM head on response tokens;
-                                the vision tower's products forward. Generation: every prompt once, every token once
-    seconds, refit_seconds      medians over the steps, by phase of the step and of the refit within it
-    memory_gib                  by phase: used (of the device, when the phase ends), allocated, reserved (PyTorch's peaks;
-                                they go on counting a sleeping engine); and by part: weights, gradients, optimizer
+    tokens_per_second_per_gpu  sample: prompts (once a caption, as others count) and captions, over the whole step;
+                               response: captions alone, over the whole step; rollout: captions over the rollout phase;
+                               update: packed tokens, each prompt once, over the update phase
+    mfu                        update, step: FLOPs over time and the GPU's dense bfloat16 peak; null where not known
+    flops                      what counts: matrix products of the decoder, 2 FLOPs a multiply-add, three times for an
+                               update (no recomputation); attention inside the pattern; the LM head on response tokens;
+                               the vision tower's products forward. Generation: every prompt once, every token once
+    seconds, refit_seconds     medians over the steps, by phase of the step and of the refit within it
+    memory_gib                 by phase: {phase}_used, of the device when the phase ends; {phase}_allocated and _reserved,
+                               PyTorch's peaks, which go on counting a sleeping engine; and what the learner holds:
+                               weights, gradients, optimizer (float32 weights and moments)
 """
 
 import argparse
@@ -131,7 +132,9 @@ def count_flops(trainer: Trainer, size: dict[str, float]) -> dict[str, float]:
     decoder = a.num_layers * (attention_weights + 3 * a.hidden_size * a.ffn_hidden_size)
     head = a.hidden_size * a.vocab_size
     pair = 4 * a.head_dim * a.num_attention_heads * a.num_layers
-    prompts, group, caption, prompt = (size[key] for key in ("prompts", "group_size", "caption_tokens", "prompt_tokens"))
+    prompts, group, caption, prompt = (
+        size[key] for key in ("prompts", "group_size", "caption_tokens", "prompt_tokens")
+    )
     captions, packed = prompts * group * caption, size["packed_tokens"]
     pairs = prompts * (prompt * (prompt + 1) / 2 + group * (caption * prompt + caption * (caption + 1) / 2))
     vision = 2 * size["vision_parameters"] * size["image_patches"] * prompts

@@ -31,7 +31,12 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "
         ("Qwen2.5-VL-7B", "blockwise", 4, None),
         ("Qwen2.5-VL-3B", "blockwise", 2, None),
         ("Qwen2.5-VL-3B", "tensorwise", 8, None),
-        ("Qwen2.5-VL-3B", "blockwise", 4, ["intermediate_size is 2752", "parallel.tensor=2 or", "fp8_recipe=tensorwise"]),
+        (
+            "Qwen2.5-VL-3B",
+            "blockwise",
+            4,
+            ["intermediate_size is 2752", "parallel.tensor=2 or", "fp8_recipe=tensorwise"],
+        ),
         ("LLaVA-1.5-7B", "blockwise", 4, ["multiples of 128", "parallel.tensor=2"]),
     ],
 )

@@ -6,7 +6,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--prompts", "2", "--group-size", "2", "--caption-tokens", "8", "--image-size", "112", "--max-model-len", "256"]
+SMALL = [
+    "--prompts",
+    "2",
+    "--group-size",
+    "2",
+    "--caption-tokens",
+    "8",
+    "--image-size",
+    "112",
+    "--max-model-len",
+    "256",
+]
 
 
 def test_throughput_row(tmp_path):

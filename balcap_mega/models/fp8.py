@@ -62,7 +62,7 @@ def check_fp8(architecture: Architecture, model: ModelConfig, parallel: Parallel
 
 
 def check_fp8_machine(model: ModelConfig, device: torch.device) -> None:
-    """Refuse a GPU, a CUDA or a Transformer Engine without the recipe. Raises UserError, before anything is allocated."""
+    """Refuse a GPU, a CUDA or a Transformer Engine without the recipe. Raises UserError, before any allocation."""
     if model.fp8 == "none":
         return
     key = f"model.fp8={model.fp8} with fp8_recipe={model.fp8_recipe}"

@@ -52,7 +52,7 @@ class OptimizerOffload:
         self.is_offloaded = True
 
     def onload(self) -> None:
-        """Bring everything back, gradients as zeros. Does nothing when it is back. Enter `platform.megatron()` first."""
+        """Bring it all back, gradients as zeros. Does nothing when it is back. Enter `platform.megatron()` first."""
         if not self.is_offloaded:
             return
         self._model.restore_grad_buffers()

@@ -8,10 +8,10 @@ from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.sampler import PromptSampler
+from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.rewards.collect import build_reward_batch
 from balcap_mega.rewards.judge import Judge
 from balcap_mega.rewards.missing import refuse_missing
-from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import Refit
 from balcap_mega.rollout.replicas import Replica
