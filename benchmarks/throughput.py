@@ -4,10 +4,10 @@
     python benchmarks/throughput.py --model qwen2_5_vl_7b --layers 12 --fp8 hybrid --rollout-fp8
     torchrun --nproc-per-node 8 benchmarks/throughput.py --model qwen2_5_vl_7b --tensor 4 --sequence
 
-The step is `Trainer.step`: vLLM samples, Megatron updates, the refit moves the weights, and engine and learner take turns
-on the device. Images are drawn scenes at --image-size. Two things are not those of a real run: captions are random words
-that all run to --caption-tokens, and the judge answers at once, with random scores (a real judge runs elsewhere, while
-captions are still generated).
+The step is `Trainer.step`: vLLM samples, Megatron updates, the refit moves the weights, and engine and learner take
+turns on the device. Images are drawn scenes at --image-size. Two things are not those of a real run: captions are
+random words that all run to --caption-tokens, and the judge answers at once, with random scores (a real judge runs elsewhere,
+while captions are still generated).
 
 `--json FILE` appends a row to the list in FILE:
 
@@ -19,9 +19,9 @@ captions are still generated).
                                update (no recomputation); attention inside the pattern; the LM head on response tokens;
                                the vision tower's products forward. Generation: every prompt once, every token once
     seconds, refit_seconds     medians over the steps, by phase of the step and of the refit within it
-    memory_gib                 by phase: {phase}_used, of the device when the phase ends; {phase}_allocated and _reserved,
-                               PyTorch's peaks, which go on counting a sleeping engine; and what the learner holds:
-                               weights, gradients, optimizer (float32 weights and moments)
+    memory_gib                 by phase: {phase}_used, of the device when the phase ends; {phase}_allocated and
+                               {phase}_reserved, PyTorch's peaks, which go on counting a sleeping engine; and what the
+                               learner holds: weights, gradients, optimizer (float32 weights and moments)
 """
 
 import argparse
