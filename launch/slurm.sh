@@ -7,13 +7,14 @@
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=B:USR1@360
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # A run on N nodes that outlives its time limit, from the folder of this checkout, with any of the above overridden:
 #   sbatch --nodes 4 launch/slurm.sh --config configs/qwen2_5_vl_7b.yaml [key=value ...]
-# 300 s before the limit the ranks save a checkpoint and end, and the job goes back into the queue to go on from there. A
-# preempted job and one whose node has failed are queued again by SLURM itself; a rank that fails is restarted in place.
+# 360 s before the limit, 60 more than checkpoint.grace_seconds, the ranks save a checkpoint and end, and the job goes
+# back into the queue to go on from there. SLURM itself queues a preempted job again, and one whose node has failed; a
+# rank that fails is restarted in place.
 #   JUDGE=FILE   wait for the address that launch/judge_slurm.sh writes there, and use that judge
 #   DOCTOR=no    start without launch/doctor.py, which otherwise looks at every node first
 # To reach other networks than NCCL's own choice: export NCCL_SOCKET_IFNAME, NCCL_IB_HCA before sbatch.
