@@ -123,6 +123,7 @@ def main() -> None:
             device=platform.device,
             dtype=torch.bfloat16,
             seed=0,
+            sleeps=True,
         )
         torch.distributed.barrier()
     policy = build_policy(architecture, ModelConfig(path=str(folder)), parallel, platform)

@@ -1,13 +1,13 @@
 """Whole steps of a real-size policy with random weights: tokens a second, MFU, time and memory by phase.
 
     python benchmarks/throughput.py --model qwen2_5_vl_3b [--json FILE]
-    python benchmarks/throughput.py --model qwen2_5_vl_7b --layers 12 --fp8 hybrid --rollout-fp8
+    python benchmarks/throughput.py --model qwen2_5_vl_7b --layers 8 --fp8 hybrid --rollout-fp8
     torchrun --nproc-per-node 8 benchmarks/throughput.py --model qwen2_5_vl_7b --tensor 4 --sequence
 
 The step is `Trainer.step`: vLLM samples, Megatron updates, the refit moves the weights, and engine and learner take
 turns on the device. Images are drawn scenes at --image-size. Two things are not those of a real run: captions are
-random words that all run to --caption-tokens, and the judge answers at once, with random scores (a real judge runs elsewhere,
-while captions are still generated).
+random words that all run to --caption-tokens, and the judge answers at once, with random scores (a real judge runs
+elsewhere, while captions are still generated).
 
 `--json FILE` appends a row to the list in FILE:
 
@@ -259,7 +259,7 @@ def table(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen2_5_vl_3b")
-    parser.add_argument("--layers", type=int, help="fewer decoder layers than released; 10 of a 7B fit 80 GB")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than released; 8 of a 7B fit 80 GB")
     parser.add_argument("--prompts", type=int, default=32, help="images a step")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--caption-tokens", type=int, default=175)
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--fp8", choices=("none", "hybrid", "e4m3"), default="none")
     parser.add_argument("--fp8-recipe", choices=("blockwise", "tensorwise", "delayed"), default="blockwise")
     parser.add_argument("--rollout-fp8", action="store_true")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="full")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--sequence", action="store_true")
