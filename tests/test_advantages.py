@@ -10,23 +10,10 @@ from hypothesis import strategies as st
 from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.algorithm.batch import RewardBatch
 from balcap_mega.config.schema import AlgorithmConfig
+from tests.algorithm_cases import NAMES, random_rewards
 from tests.trl_trainer import tiny_trl_trainer
 
-NAMES = ("precision", "recall", "linguistic")
 PLAIN = AlgorithmConfig(length_control="none", whiten=False)
-
-
-def random_rewards(seed: int, group_sizes: list[int], missing: float = 0.0) -> RewardBatch:
-    generator = torch.Generator().manual_seed(seed)
-    count = sum(group_sizes)
-    return RewardBatch(
-        names=NAMES,
-        values=torch.rand(3, count, generator=generator),
-        valid=torch.rand(3, count, generator=generator) >= missing,
-        lengths=torch.randint(1, 60, (count,), generator=generator).float(),
-        reference_lengths=torch.randint(10, 40, (count,), generator=generator).float(),
-        group_ids=torch.repeat_interleave(torch.arange(len(group_sizes)), torch.tensor(group_sizes)),
-    )
 
 
 def permuted(rewards: RewardBatch, order: torch.Tensor) -> RewardBatch:

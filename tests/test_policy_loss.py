@@ -14,27 +14,9 @@ from balcap_mega.algorithm.lm_head import HeadShard, fused_cross_entropy, fused_
 from balcap_mega.algorithm.metrics import MAXIMA, SUMS, PolicyMetrics
 from balcap_mega.algorithm.policy_loss import policy_loss
 from balcap_mega.config.schema import AlgorithmConfig
+from tests.algorithm_cases import AGGREGATIONS, EVERYTHING, random_tokens
 from tests.distributed import launch
 from tests.trl_trainer import tiny_trl_trainer
-
-AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
-EVERYTHING = AlgorithmConfig(dual_clip=3.0, kl_weight=0.1, importance_cap=1.05, entropy_weight=0.01)
-
-
-def random_tokens(seed: int, lengths: list[int], vocabulary: int = 50, spread: float = 0.3) -> TokenBatch:
-    generator = torch.Generator().manual_seed(seed)
-    rows, counts = sum(lengths), torch.tensor(lengths, dtype=torch.int64)
-    sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-    old = -3 * torch.rand(rows, generator=generator)
-    return TokenBatch(
-        targets=torch.randint(vocabulary, (rows,), generator=generator),
-        sequence_ids=sequence_ids,
-        advantages=torch.randn(len(lengths), generator=generator)[sequence_ids],
-        old_logprobs=old,
-        rollout_logprobs=old + 0.1 * torch.randn(rows, generator=generator),
-        reference_logprobs=old + spread * torch.randn(rows, generator=generator),
-        sequence_lengths=counts[sequence_ids].float(),
-    )
 
 
 def select(tokens: TokenBatch, rows: torch.Tensor) -> TokenBatch:
