@@ -1,6 +1,7 @@
 """Run checkpoints: bit-exact at one layout, loadable at another, never half there, pruned, verified."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -308,11 +309,23 @@ def test_only_whole_and_genuine_checkpoints_are_resumed(tiny_checkpoint, tmp_pat
     shard.write_bytes(whole_bytes)
 
     index = tmp_path / "step_000003" / "megatron" / ".metadata"
-    index.write_bytes(pickle.dumps(Foreign()))
-    manifest_path = tmp_path / "step_000003" / "manifest.json"
-    manifest = json.loads(manifest_path.read_text())
-    digest = {"bytes": index.stat().st_size, "sha256": hashlib.sha256(index.read_bytes()).hexdigest()}
-    manifest["files"]["megatron/.metadata"] = digest
-    manifest_path.write_text(json.dumps(manifest))
+    [(_, stored), *_] = pickle.loads(index.read_bytes()).storage_data.items()
+    extra_state = io.BytesIO()  # a layer's, which torch reads with `weights_only=False`
+    torch.save(Foreign(), extra_state, _use_new_zipfile_serialization=False)
+    assert stored.offset == 0 and extra_state.tell() < stored.length
+    forge(shard, extra_state.getvalue() + whole_bytes[extra_state.tell() :])
+    assert f"{shard.name} refers to posix.system" in loads(folder, tmp_path, {})
+    forge(shard, whole_bytes)
+    forge(index, pickle.dumps(Foreign()))
     assert ".metadata refers to posix.system" in loads(folder, tmp_path, {})
     assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def forge(file: Path, content: bytes) -> None:
+    """Replace a file of a checkpoint, and its digest in the manifest."""
+    file.write_bytes(content)
+    manifest_path = file.parent.parent / "manifest.json"
+    manifest = json.loads(manifest_path.read_text())
+    name = str(file.relative_to(manifest_path.parent))
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest_path.write_text(json.dumps(manifest))

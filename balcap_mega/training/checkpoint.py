@@ -9,17 +9,17 @@
 
 A checkpoint is written as `step_000123.tmp` and renamed when it is whole. It is verified before it is read.
 
-Of what is read, only Megatron's `.metadata` is a raw pickle. Before Megatron unpickles it, the same bytes go through an
-unpickler that knows nothing but the classes of such an index and refuses all others. Tensors and `common.pt` are read
-by `torch.load(weights_only=True)`, everything else is JSON and safetensors.
+Of what is read, Megatron's part holds pickles; `checkpoint_pickles.py` looks into each before Megatron does. Everything
+else is JSON and safetensors.
 """
 
 import hashlib
 import json
 import logging
-import pickle
+import os
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.groups import current_layout
+from balcap_mega.training.checkpoint_pickles import foreign_content
 from balcap_mega.training.random_state import load_random_state
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     marker = folder / LATEST
     if not marker.is_file():
         return None
-    newest = marker.read_text(encoding="utf-8").strip()
+    newest = marker.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"step_\d+", newest):
+        raise UserError(
+            f"{marker} names no checkpoint: {newest[:80]!r}",
+            remedy="write the name of the newest step_... folder beside it there, or give another output_dir",
+        )
     for path in sorted((path for path in step_folders(folder) if path.name <= newest), reverse=True):
         damage = _damage(path)
         if damage is None:
@@ -142,68 +148,33 @@ def file_digest(path: Path) -> dict[str, Any]:
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files at a glance: their presence and sizes."""
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        sizes = {name: digest["bytes"] for name, digest in manifest["files"].items()}
+        whole = isinstance(manifest["step"], int) and isinstance(manifest["extra"], dict) and "layout" in manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
         return f"{MANIFEST} is missing or unreadable"
-    for name, digest in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != digest["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {digest['bytes']}"
+    for name, size in sizes.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"{MANIFEST} names {name!r}, outside the checkpoint"
+        if not os.path.isfile(path / name):
+            return f"{name!r} is missing"
+        if (found := os.path.getsize(path / name)) != size:
+            return f"{name!r} has {found} bytes instead of {size!r}"
     return None
 
 
 def _verify(path: Path) -> None:
-    """Compare every file with its digest, each rank a share of them, and inspect the one pickle. A collective."""
+    """Compare every file with its digest, each rank a share of them, and look into the pickles. A collective."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     damage = _damage(path)
     if damage is None:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         changed = [name for name in sorted(files)[rank::world] if file_digest(path / name) != files[name]]
-        damage = (
-            f"{changed[0]} is not as it was written" if changed else _foreign_class(path / "megatron" / ".metadata")
-        )
+        damage = f"{changed[0]} is not as it was written" if changed else foreign_content(path / "megatron")
     reports: list[str | None] = [None] * world
     torch.distributed.all_gather_object(reports, damage)
     for report in reports:
         if report is not None:
             raise UserError(f"checkpoint {path} is damaged: {report}", remedy="delete it to resume from an older one")
-
-
-_INDEX_CLASSES = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Knows the classes of torch.distributed.checkpoint's index, and dtypes, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if name not in _INDEX_CLASSES.get(module, ()) and not is_dtype:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def _foreign_class(path: Path) -> str | None:
-    """None when unpickling `path` can only build an index, else what it would call."""
-    try:
-        with open(path, "rb") as file:
-            _IndexUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        return f"{path.name} refers to {error}"
-    return None
