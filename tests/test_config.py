@@ -69,7 +69,7 @@ REFUSED = {
     "value, no section": (["output_dir.x=3"], ["output_dir.x=3", "not a section"]),
     "two models": (["model.path=/m"], ["path=/m", "tiny=llava", "exactly one"]),
     "sequence without tensor": (["parallel.sequence=true"], ["parallel", "tensor >= 2"]),
-    "judge without data": (["rewards={judge: mllm, endpoint: {base_url: u, model: m}}"], ["judge=mllm", "scenes"]),
+    "judge without data": (["rewards={judge: mllm, endpoint: {base_url: 'http://u', model: m}}"], ["judge=mllm"]),
     "fp8 of float32": (["model.dtype=float32", "model.fp8=hybrid"], ["fp8=hybrid", "model.dtype=bfloat16"]),
     "fp8 uncorrected": (["rollout.fp8=true", "algorithm.importance_cap=null"], ["rollout.fp8=true", "importance_cap"]),
     "several at once": (["seed=-1", "steps=x"], ["seed=-1", "steps='x'"]),

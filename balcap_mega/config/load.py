@@ -5,7 +5,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from reprlib import Repr
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -14,12 +15,48 @@ from balcap_mega.config.schema import RunConfig, Section
 from balcap_mega.errors import UserError
 
 
+S = TypeVar("S", bound=Section)
+
+MOST_BYTES = 2**20  # of a config file
+MOST_COMPLAINTS = 10
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+SECRET_BEARING = ("base_url", "api_key_env")  # keys whose values people put credentials into; no error repeats them
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 200
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML's safe loader reads it, but a key given twice is an error and `1e-6` is a number."""
+    """Plain data in YAML 1.1, read by PyYAML's safe loader, but `1e-6` is a number and a date is not.
+
+    A key given twice is an error, and so are aliases, of which a few lines can stand for billions of values, tags, and
+    control characters.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.tag is not None:
+            raise yaml.composer.ComposerError(None, None, "aliases and tags are not read here", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError):  # 0x_, or more digits than Python reads
+            problem = f"{node.value[:40]!r} is no number"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+    def construct_scalar(self, node: yaml.Node) -> str:
+        value = super().construct_scalar(node)
+        if CONTROL_CHARACTERS.search(value):
+            raise yaml.constructor.ConstructorError(None, None, "a value holds control characters", node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no plain word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
@@ -29,6 +66,10 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
 )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge", ":value"))]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -39,10 +80,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree = _read(Path(path))
     overridden = [_apply(tree, override) for override in overrides]
+    return validate(RunConfig, tree, path, overridden)
+
+
+def validate(kind: type[S], tree: Any, source: str | Path, overridden: Sequence[str] = ()) -> S:
+    """`tree` as a section of that kind. Raises one UserError that names every bad key of `source`."""
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        complaints = [_explain(detail, path, overridden) for detail in error.errors(include_url=False)]
+        complaints = [_explain(detail, source, overridden) for detail in error.errors(include_url=False)[:MOST_COMPLAINTS]]
         problems, remedies = zip(*complaints)
         raise UserError("; ".join(problems), remedy="; ".join(dict.fromkeys(remedies))) from None
 
@@ -64,12 +110,17 @@ def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterato
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise UserError(
             f"cannot read the config {path}: {error.strerror}", remedy="give a YAML file, see configs/"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{path} is larger than any config", remedy="give a YAML file, see configs/")
+    try:
+        tree = yaml.load(content.decode("utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {_where(error)}", remedy="mend that line") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no keys", remedy="write one `key: value` a line, see configs/")
@@ -80,12 +131,13 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     """Set one override in place and return its dotted key."""
     key, equals, text = override.partition("=")
     key = key.strip()
-    if not equals or not all(key.split(".")):
-        raise UserError(f"override {override!r} is not key=value", remedy="write it like rollout.group_size=8")
+    shown = f"{key}=..." if "endpoint" in override or len(override) > 200 else override
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise UserError(f"override {shown[:200]!r} is not key=value", remedy="write it like rollout.group_size=8")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r} has no valid YAML value: {_where(error)}", remedy="quote it") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"override {shown!r} has no valid YAML value: {_where(error)}", remedy="quote it") from None
     *parents, leaf = key.split(".")
     node = tree
     for depth, name in enumerate(parents, start=1):
@@ -94,7 +146,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
         node = node[name]
         if not isinstance(node, dict):
             parent = ".".join(parents[:depth])
-            raise UserError(f"override {override!r}: {parent} is a value, not a section", remedy=f"set {parent} itself")
+            raise UserError(f"override {shown!r}: {parent} is a value, not a section", remedy=f"set {parent} itself")
     node[leaf] = value
     return key
 
@@ -114,7 +166,8 @@ def _explain(detail: dict[str, Any], path: str | Path, overridden: Iterable[str]
         return f"{path}: {key}: {problem}" if key else f"{path}: {problem}", remedy
     if detail["loc"][-1] == "[key]":
         return f"{where} {key} is no known key", detail["msg"].replace("Input", "the key")
-    return f"{where} {key}={value!r} is refused", detail["msg"].replace("Input", "it")
+    shown = "..." if key.endswith(SECRET_BEARING) else _REPR.repr(value)
+    return f"{where} {key}={shown} is refused", detail["msg"].replace("Input", "it")
 
 
 def _advice(key: str) -> str:
@@ -131,9 +184,11 @@ def _advice(key: str) -> str:
     return f"known here: {', '.join(siblings)}" if siblings else f"{parent} has no keys of its own"
 
 
-def _where(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+def _where(error: yaml.YAMLError | UnicodeDecodeError | RecursionError) -> str:
     """`line 3: what is wrong`, on one line."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return str(error)
+        return " ".join(str(error).split())
     return f"line {mark.line + 1}: {error.problem}"

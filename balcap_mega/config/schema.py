@@ -4,9 +4,11 @@ Unknown keys are refused (`load.py` names the nearest one). Checks that need onl
 across sections stand in `RunConfig`. Their messages read "problem; remedy", which `load.py` splits.
 """
 
+import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -157,7 +159,12 @@ class AlgorithmConfig(Section):
 
 
 class JudgeEndpoint(Section):
-    """An OpenAI-compatible endpoint. The key is read from the environment variable `api_key_env`, never from here."""
+    """An OpenAI-compatible endpoint. The key is read from the environment variable `api_key_env`, never from here.
+
+    What stands here is shown in logs and reports, so an address with credentials in it is refused.
+    """
+
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     base_url: str
     model: str
@@ -165,6 +172,28 @@ class JudgeEndpoint(Section):
     concurrency: Positive = 64
     timeout_seconds: Positive = 120
     max_retries: Annotated[int, Field(ge=0)] = 4
+
+    @field_validator("base_url")
+    @classmethod
+    def plain_address(cls, base_url: str) -> str:
+        try:
+            address = urlsplit(base_url)
+            plain = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0
+        except ValueError:
+            plain = False
+        if not plain or set(base_url) & set("@?#\\ ") or not base_url.isprintable():
+            raise ValueError(
+                "it is no plain http(s) address; write it as https://host:port/v1, a key never within it but in the "
+                "environment variable that api_key_env names"
+            )
+        return base_url
+
+    @field_validator("api_key_env")
+    @classmethod
+    def a_variables_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", name):
+            raise ValueError("it is no name of an environment variable; give the name, in capitals, not the key itself")
+        return name
 
 
 class RewardConfig(Section):
@@ -213,7 +242,7 @@ class RunConfig(Section):
     """One training run. `balcap_mega.config.load.load_config` builds it from YAML and `key=value` overrides."""
 
     output_dir: str
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     steps: Annotated[int, Field(ge=0)] = 1000
     eval_every: Annotated[int, Field(ge=0)] = 0  # 0: before and after RL only
     model: ModelConfig

@@ -2,16 +2,19 @@
 
 import logging
 import os
+import stat
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from balcap_mega.data.images import ImageDecoder, PilDecoder, TargetSize, resize_for_model
-from balcap_mega.data.records import CaptionRecord
+from balcap_mega.data.records import CaptionRecord, refuse_placeholders
 from balcap_mega.errors import UserError
 
 log = logging.getLogger(__name__)
+
+MOST_BYTES = 2**28  # of an image file; MOST_PIXELS have 100 MB without any compression
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ class ImageFileDataset:
     ):
         self.root = Path(image_root)
         for row in rows:
-            _refuse_outside(row)
+            refuse_outside(row.image, f"row {row.id!r}")
+            refuse_placeholders(row.prompt, f"row {row.id!r}")
         present = _present_files(self.root, {row.image for row in rows})
         self.rows = [row for row in rows if row.image in present]
         self.missing = len(rows) - len(self.rows)
@@ -55,7 +59,7 @@ class ImageFileDataset:
         self._corrupt: set[int] = set()
         if self.missing:
             absent = next(row.image for row in rows if row.image not in present)
-            log.warning("%d of %d images are missing below %s, e.g. %s", self.missing, len(rows), self.root, absent)
+            log.warning("%d of %d images are missing below %s, e.g. %r", self.missing, len(rows), self.root, absent)
         self._refuse_too_many()
         if not self.rows:
             raise UserError(
@@ -96,7 +100,7 @@ class ImageFileDataset:
         return part
 
     def _read(self, index: int) -> bytes:
-        return (self.root / self.rows[index].image).read_bytes()
+        return read_image_file(self.root / self.rows[index].image)
 
     def _record(self, index: int, picture) -> CaptionRecord:
         row = self.rows[index]
@@ -108,8 +112,10 @@ class ImageFileDataset:
         while True:
             if index not in self._corrupt:
                 self._corrupt.add(index)
-                log.warning("%s is corrupt; the next image takes its place", self.root / self.rows[index].image)
+                log.warning("%r is corrupt; the next image takes its place", str(self.root / self.rows[index].image))
                 self._refuse_too_many()
+                if len(self._corrupt) == len(self.rows):
+                    raise UserError(f"no image below {self.root} can be decoded", remedy="replace the images")
             index = (index + 1) % len(self.rows)
             (picture,) = self._decode([self._read(index)])
             if picture is not None:
@@ -125,13 +131,31 @@ class ImageFileDataset:
             )
 
 
-def _refuse_outside(row: ImageRow) -> None:
-    path = PurePosixPath(row.image)
-    if path.is_absolute() or ".." in path.parts or "\\" in row.image or "\0" in row.image or not row.image:
+def refuse_outside(image: str, where: str) -> None:
+    """Raise UserError, naming `where` the path stands, for one that does not lie below the image root by its name.
+
+    Links that the root itself holds are its owner's and are followed: large collections are put together with them.
+    """
+    path = PurePosixPath(image)
+    if path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image or not path.name:
         raise UserError(
-            f"row {row.id}: image {row.image!r} does not lie below the image root",
+            f"{where}: image {image[:300]!r} does not lie below the image root",
             remedy="write it relative to data.image_root, without '..'",
         )
+
+
+def read_image_file(path: Path) -> bytes:
+    """The file's bytes; none, which no decoder takes for an image, if it is no plain file, too large or unreadable.
+
+    A pipe or a device in an image's place would be waited for, or read, for ever.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            return file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= MOST_BYTES else b""
+    except OSError as error:
+        log.warning("%r cannot be read: %s", str(path), error.strerror)
+        return b""
 
 
 def _present_files(root: Path, images: set[str]) -> set[str]:
@@ -141,8 +165,10 @@ def _present_files(root: Path, images: set[str]) -> set[str]:
     for image in images:
         folder, name = os.path.split(image)
         if folder not in folders:
-            path = root / folder
-            folders[folder] = set(os.listdir(path)) if path.is_dir() else set()
+            try:
+                folders[folder] = set(os.listdir(root / folder))
+            except OSError:
+                folders[folder] = set()
         if name in folders[folder]:
             present.add(image)
     return present

@@ -11,6 +11,14 @@ from PIL import Image, ImageOps
 # A picture of more pixels than this is taken for a decompression bomb: 100 MB of RGB decode to far more than any model
 # or judge looks at. It is refused from its header, before any pixel is decoded.
 MOST_PIXELS = 2**25
+# Longer side over shorter side. Qwen's own processor refuses more, and one that makes the shorter side of every picture
+# the same would blow a line of pixels up to terabytes.
+MOST_OBLONG = 200
+# Of one JPEG. Encoders write ten or so; a few bytes a scan make a decoder go over all pixels once more.
+MOST_SCANS = 64
+START_OF_SCAN = b"\xff\xda"
+# What PIL raises on damaged files, by its manual and by trying.
+DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 TargetSize = Callable[[int, int], tuple[int, int]]
 
@@ -88,20 +96,22 @@ class DaliDecoder:
 
 
 def _open(data: bytes) -> Image.Image | None:
-    """The image with only its header read; None if that is not one of FORMATS or claims too many pixels."""
+    """The image with only its header read; None if that is not one of FORMATS, or of a picture no one should decode."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, Image.DecompressionBombError):
+    except DAMAGED:
         return None
-    return image if image.width * image.height <= MOST_PIXELS else None
+    short, long = sorted(image.size)
+    if not 0 < short <= long <= MOST_OBLONG * short or short * long > MOST_PIXELS:
+        return None
+    return None if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS else image
 
 
 def _decode(data: bytes) -> Image.Image | None:
     image = _open(data)
     try:
-        # ValueError, SyntaxError: what PIL's parsers raise on some damaged files beside OSError.
         return None if image is None else ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError):
+    except DAMAGED:
         return None
 
 

@@ -8,8 +8,9 @@ Only `image` and `reference` are needed.
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from balcap_mega.data.files import ImageRow
 from balcap_mega.errors import UserError
@@ -17,27 +18,36 @@ from balcap_mega.errors import UserError
 DEFAULT_PROMPT = "Describe this image in detail."
 
 
+def not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("blank")
+    return text
+
+
+Text = Annotated[str, AfterValidator(not_blank)]
+
+
 class Line(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     image: str
-    reference: str
+    reference: Text
     id: str | None = None
-    prompt: str = DEFAULT_PROMPT
+    prompt: Text = DEFAULT_PROMPT
     units: list[str] | None = None
 
 
 def read_jsonl(path: str | Path, prefixes: Sequence[str] = ()) -> list[ImageRow]:
     """The rows of the file. Raises UserError naming the line that is not of the format."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+        lines = Path(path).read_bytes().splitlines()  # of a text, they would end at U+2028 and its like too
+    except OSError as error:
         raise UserError(f"data.path={path}: not a readable file ({error})", remedy="name a JSON Lines file") from error
     rows = list(_rows(path, lines))
     return [row for row in rows if row.image.startswith(tuple(prefixes))] if prefixes else rows
 
 
-def _rows(path: str | Path, lines: Iterable[str]) -> Iterator[ImageRow]:
+def _rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[ImageRow]:
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue

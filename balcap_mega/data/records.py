@@ -5,6 +5,11 @@ from typing import Protocol
 
 from PIL import Image
 
+from balcap_mega.errors import UserError
+
+# What stands for an image in the chat templates of both families; in a prompt it would ask for one more.
+PLACEHOLDERS = ("<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+
 
 @dataclass(frozen=True)
 class CaptionRecord:
@@ -27,3 +32,13 @@ class CaptionDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> CaptionRecord: ...
+
+
+def refuse_placeholders(prompt: str, where: str) -> None:
+    """Raise UserError, naming `where` the prompt stands, for one that spells a token that stands for an image."""
+    for placeholder in PLACEHOLDERS:
+        if placeholder in prompt:
+            raise UserError(
+                f"{where}: the prompt holds {placeholder}, which stands for an image",
+                remedy="leave it out: the model's chat template puts it where it belongs",
+            )

@@ -4,14 +4,16 @@
   "conversations": [{"from": "human", "value": "What do you see?\n<image>"}, {"from": "gpt", "value": "…"}]}, …]
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from pydantic_core import from_json
 
 from balcap_mega.data.files import ImageRow
 from balcap_mega.errors import UserError
 
 IMAGE_TOKEN = "<image>"
+LONGEST_ID = 200  # characters; ids are only ever shown
 
 
 def read_sharegpt4v(path: str | Path, prefixes: Sequence[str] = ()) -> list[ImageRow]:
@@ -21,7 +23,7 @@ def read_sharegpt4v(path: str | Path, prefixes: Sequence[str] = ()) -> list[Imag
     starts with none of them. Raises UserError naming the row that is not of the format.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = from_json(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"data.path={path}: not a readable JSON file ({error})", remedy="name a JSON file") from error
     if not isinstance(entries, list):
@@ -30,7 +32,7 @@ def read_sharegpt4v(path: str | Path, prefixes: Sequence[str] = ()) -> list[Imag
         _row(path, number, entry)
         for number, entry in enumerate(entries)
         if not (isinstance(entry, dict) and "image" not in entry)
-        and (not prefixes or str(entry["image"]).startswith(tuple(prefixes)))
+        and (not prefixes or not isinstance(entry, dict) or str(entry["image"]).startswith(tuple(prefixes)))
     ]
 
 
@@ -39,7 +41,7 @@ def _row(path: str | Path, number: int, entry: dict) -> ImageRow:
         image, turns = entry["image"], entry["conversations"]
         question = next(turn["value"] for turn in turns if turn["from"] == "human")
         answer = next(turn["value"] for turn in turns if turn["from"] == "gpt")
-        identity = str(entry.get("id", number))
+        identity = str(entry.get("id", number))[:LONGEST_ID]
         # The chat template of each model puts its own image token where that model was trained to see it.
         prompt, reference = question.replace(IMAGE_TOKEN, "").strip(), answer.strip()
         if not isinstance(image, str) or not prompt or not reference:

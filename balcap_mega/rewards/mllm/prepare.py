@@ -1,6 +1,5 @@
 """Prepare a dataset once: every image decoded, every reference's units extracted, all in one JSONL file to ship."""
 
-import json
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -8,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from balcap_mega.data.files import ImageFileDataset, ImageRow
-from balcap_mega.data.jsonl import as_line, drop_cut_line
+from balcap_mega.data.jsonl import as_line, drop_cut_line, read_jsonl
 from balcap_mega.rewards.mllm.client import RequestFailed
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
@@ -70,5 +69,4 @@ def _finished_rows(output: Path) -> set[tuple[str, str]]:
     drop_cut_line(output)
     if not output.exists():
         return set()
-    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    return {(row["id"], row["image"]) for row in rows}
+    return {(row.id, row.image) for row in read_jsonl(output)}

@@ -14,8 +14,9 @@ from importlib.resources import files
 from typing import Annotated, Any, Generic, TypeVar
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from balcap_mega.data.jsonl import Text
 from balcap_mega.rewards.mllm.client import Completion, Unusable, usable_text
 
 # `<`, `>` and `|` spell control tokens of chat templates (<|im_end|>, </s>, <image>), brackets spell others ([INST]).
@@ -30,14 +31,7 @@ class ReplyModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("blank")
-    return text
-
-
-# Checked here and not by the schema: hosted APIs refuse schemas that bound the length of a string.
-Sentence = Annotated[str, AfterValidator(_not_blank)]
+Sentence = Text  # not blank: checked here and not by the schema, for hosted APIs refuse one that bounds a string's length
 
 
 class QuotedAssertion(ReplyModel):
