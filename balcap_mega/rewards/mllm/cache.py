@@ -1,6 +1,5 @@
 """Judge replies on disk, found by the content of their request."""
 
-import json
 import socket
 import sqlite3
 from pathlib import Path
@@ -16,26 +15,36 @@ class ReplyCache:
     """
 
     def __init__(self, folder: str | Path):
-        path = Path(folder) / f"replies-{socket.gethostname()}.sqlite"
+        self._path = Path(folder) / f"replies-{socket.gethostname()}.sqlite"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self._path, timeout=30, isolation_level=None, check_same_thread=False)
+            self._database.text_factory = bytes  # whatever stands there: it is validated where it is read
             # A reply lost in a power cut is asked for again, so no write waits for the disk.
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=OFF")
             self._database.execute("CREATE TABLE IF NOT EXISTS replies (digest TEXT PRIMARY KEY, reply TEXT NOT NULL)")
         except (OSError, sqlite3.DatabaseError) as error:
-            raise UserError(
-                f"rewards.cache_dir={folder}: cannot keep replies in {path.name} ({error})",
-                remedy="name a writable folder, or delete that file if it is damaged",
-            ) from error
+            raise self._unusable(error) from error
 
-    def get(self, digest: str) -> dict | None:
-        row = self._database.execute("SELECT reply FROM replies WHERE digest = ?", (digest,)).fetchone()
-        return None if row is None else json.loads(row[0])
+    def get(self, digest: str) -> bytes | None:
+        row = self._execute("SELECT reply FROM replies WHERE digest = ?", digest).fetchone()
+        return None if row is None else row[0]
 
-    def put(self, digest: str, reply: dict) -> None:
-        self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (digest, json.dumps(reply)))
+    def put(self, digest: str, reply: str) -> None:
+        self._execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", digest, reply)
+
+    def _execute(self, statement: str, *values: str) -> sqlite3.Cursor:
+        try:
+            return self._database.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            f"rewards.cache_dir={self._path.parent}: cannot keep replies in {self._path.name} ({error})",
+            remedy="name a writable folder, or delete that file if it is damaged",
+        )
 
     def close(self) -> None:
         self._database.close()

@@ -4,11 +4,14 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from ipaddress import ip_address
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -23,13 +26,18 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 60.0
+MOST_REPLY_BYTES = 2**23  # a hundred times what any question here is answered with, unpacked
+REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)  # of the server's own, what goes into logs
 # Greedy decoding would repeat an unusable reply; the next attempts sample, each with its own fixed seed.
 SECOND_OPINION_TEMPERATURE = 0.3
 
 
+Tokens = Annotated[int, Field(ge=0, lt=2**40)]
+
+
 class Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Tokens = 0
+    completion_tokens: Tokens = 0
 
 
 class Message(BaseModel):
@@ -89,16 +97,11 @@ class ChatClient:
     """Asks one endpoint. Create it anywhere, use it on one event loop, and `await close()` it there.
 
     backoff_seconds: mean of the first back-off; it doubles with each attempt, with full jitter, up to a minute.
-    Raises UserError for an address or a key variable that cannot work.
+    Certificates of https endpoints are verified; a key that would go over plain http to another host is warned about.
+    Raises UserError for a key variable that is not set.
     """
 
     def __init__(self, endpoint: JudgeEndpoint, cache: ReplyCache | None = None, backoff_seconds: float = 0.5):
-        address = urlsplit(endpoint.base_url)
-        if address.scheme not in ("http", "https") or not address.hostname or address.username or address.password:
-            raise UserError(
-                f"endpoint.base_url of the judge model {endpoint.model!r} is not a plain http(s) address",
-                remedy="write it as http://host:port/v1 and name the key's environment variable in api_key_env",
-            )
         self._headers = {"Content-Type": "application/json"}
         if endpoint.api_key_env is not None:
             if not os.environ.get(endpoint.api_key_env):
@@ -106,7 +109,16 @@ class ChatClient:
                     f"endpoint.api_key_env names {endpoint.api_key_env}, which is not set",
                     remedy=f"export {endpoint.api_key_env}=... before starting",
                 )
-            self._headers["Authorization"] = f"Bearer {os.environ[endpoint.api_key_env]}"
+            key = os.environ[endpoint.api_key_env]
+            if not (key.isascii() and key.isprintable()):
+                raise UserError(
+                    f"the key in {endpoint.api_key_env} holds characters that no key has",
+                    remedy="export it anew, without line breaks",
+                )
+            self._headers["Authorization"] = f"Bearer {key}"
+            address = urlsplit(endpoint.base_url)
+            if address.scheme == "http" and not _is_loopback(address.hostname):
+                log.warning("the key in %s goes to %s unencrypted; use https", endpoint.api_key_env, address.hostname)
         self.endpoint = endpoint
         self.counters = ClientCounters()
         self._url = endpoint.base_url.rstrip("/") + "/chat/completions"
@@ -130,8 +142,13 @@ class ChatClient:
         digest = hashlib.sha256(encoded).hexdigest()
         cache = self._cache if use_cache else None
         if cache is not None and (kept := cache.get(digest)) is not None:
-            self.counters.cache_hits += 1
-            return accept(Completion.model_validate(kept))
+            try:
+                accepted = accept(Completion.model_validate_json(kept))
+            except (ValidationError, Unusable):
+                log.warning("a reply in the cache is not usable and is asked for again")
+            else:
+                self.counters.cache_hits += 1
+                return accepted
         greedy = body.get("temperature") == 0
         failed: list[AttemptFailed] = []
         try:
@@ -157,7 +174,7 @@ class ChatClient:
                         failed.append(error)
                         raise
             if cache is not None:
-                cache.put(digest, completion.model_dump())
+                cache.put(digest, completion.model_dump_json())
             return accepted
         except AttemptFailed as error:
             self.counters.failures[error.reason] += 1
@@ -181,12 +198,15 @@ class ChatClient:
                 async with self._session.post(
                     self._url, data=body, headers={"X-Request-Id": request_id}, allow_redirects=False
                 ) as response:
-                    content = await response.read()
+                    content = await _read(response.content)
         except TimeoutError:
             raise AttemptFailed("timeout") from None
+        except aiohttp.ClientSSLError:
+            raise AttemptFailed("tls", retry=False) from None
         except aiohttp.ClientError:
             raise AttemptFailed("connection") from None
-        request_id = response.headers.get("x-request-id", request_id)
+        given = response.headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else request_id
         status = response.status
         if status != 200:
             raise AttemptFailed(
@@ -195,6 +215,8 @@ class ChatClient:
                 request_id=request_id,
                 retry_after=_seconds(response.headers.get("retry-after")),
             )
+        if content is None:
+            raise AttemptFailed("too_long", request_id=request_id)
         try:
             completion = Completion.model_validate_json(content)
         except ValidationError:
@@ -205,12 +227,30 @@ class ChatClient:
         return completion, request_id
 
 
-def _seconds(header: str | None) -> float:
-    """Retry-After as seconds; its other form, a date, is read as no hint."""
+async def _read(stream: aiohttp.StreamReader) -> bytes | None:
+    """The whole body, unpacked; None for more than MOST_REPLY_BYTES, which are never held."""
+    content = bytearray()
+    async for chunk in stream.iter_any():
+        content += chunk
+        if len(content) > MOST_REPLY_BYTES:
+            return None
+    return bytes(content)
+
+
+def _is_loopback(host: str) -> bool:
     try:
-        return float(header or 0)
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _seconds(header: str | None) -> float:
+    """Retry-After as seconds; its other form, a date, and what is no number are read as no hint."""
+    try:
+        seconds = float(header or 0)
     except ValueError:
         return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def usable_text(choice: Choice) -> str:

@@ -131,7 +131,7 @@ class MllmJudge:
             return await work
         except RequestFailed as error:
             self._missing[component] += 1
-            log.warning("%s of a caption of record %s is missing: %s", component, record.id, error)
+            log.warning("%s of a caption of record %r is missing: %s", component, record.id, error)
             return None
 
     async def _ask(self, component: str, question: questions.Question[T]) -> T:
