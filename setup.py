@@ -27,6 +27,7 @@ setup(
     # resolves from this file and its extra `cuda`.
     install_requires=[
         "aiohttp>=3.14",
+        "huggingface-hub>=1.0",
         "jinja2>=3.1",
         "matplotlib>=3.10",
         "megatron-core==0.16.1",
@@ -41,6 +42,7 @@ setup(
         "tokenizers>=0.23",
         "torch==2.13.0",
         "transformers>=5.16.1,<5.20",
+        "typing-extensions>=4.12",
     ],
     extras_require={
         "cuda": [

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from balcap_mega.config.load import validate
 from balcap_mega.config.schema import JudgeEndpoint, RewardConfig
 from balcap_mega.data.files import ImageFileDataset
 from balcap_mega.data.jsonl import DEFAULT_PROMPT, read_jsonl
@@ -30,7 +31,6 @@ from balcap_mega.evaluation.session import (
     add_to_ledger,
     check,
     read_json,
-    read_json_lines,
     write_json,
     write_json_lines,
 )
@@ -84,14 +84,15 @@ class Evaluation:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.endpoint = JudgeEndpoint(
-            base_url=options.judge_url,
-            model=options.judge_model,
-            api_key_env=options.api_key_env,
-            concurrency=options.concurrency,
-            timeout_seconds=options.timeout,
-            max_retries=options.max_retries,
-        )
+        endpoint = {
+            "base_url": options.judge_url,
+            "model": options.judge_model,
+            "api_key_env": options.api_key_env,
+            "concurrency": options.concurrency,
+            "timeout_seconds": options.timeout,
+            "max_retries": options.max_retries,
+        }
+        self.endpoint = validate(JudgeEndpoint, endpoint, "the judge's options")
 
     def caption(
         self, images: dict[str, Path], captions: dict[str, str], save: Callable[[dict[str, str]], None]
@@ -161,14 +162,14 @@ def run_bcapscore(evaluation: Evaluation) -> None:
 
 def run_dcscore(evaluation: Evaluation) -> None:
     options = evaluation.options
-    annotations = {row["image_name"]: row for row in read_json_lines(options.annotations, "DeCapBench's oracle facts")}
+    annotations = dcscore.read_annotations(options.annotations)
     rows = []
     if options.captions.exists() or options.model is None:
-        rows = read_json_lines(options.captions, "DeCapBench's captions")
+        rows = dcscore.read_captions(options.captions)
 
     def save(captions: dict[str, str]) -> None:
         rows[:] = [
-            {"image_path": name, "caption": caption, "oracle_caption": annotations[name]["oracle_caption"]}
+            {"image_path": name, "caption": caption, "oracle_caption": annotations[name].get("oracle_caption")}
             for name, caption in captions.items()
         ]
         write_json_lines(options.captions, rows)
@@ -191,7 +192,7 @@ def run_captionqa(evaluation: Evaluation) -> None:
     if options.model is not None:
         if options.images is None:
             raise UserError("--model needs --images", remedy="name the folder of images, each named by its id")
-        ids = {str(row["id"]) for row in rows}
+        ids = {str(row.get("id")) for row in rows}
         images = {path.stem: path for path in sorted(options.images.iterdir()) if path.stem in ids}
         evaluation.caption(images, captions, lambda captions: write_json(options.captions, captions))
     questions = captionqa.plan(rows, captions, options.seed, options.mend)
@@ -202,7 +203,7 @@ def run_captionqa(evaluation: Evaluation) -> None:
 
 def run_caparena(evaluation: Evaluation) -> None:
     options = evaluation.options
-    table = read_json(options.battles, "CapArena-Auto's battles")
+    table = caparena.read_battles(options.battles)
     captions = read_captions(options)
     evaluation.caption(
         {name: options.images / name for name in table},
@@ -213,17 +214,14 @@ def run_caparena(evaluation: Evaluation) -> None:
     run = caparena.CapArenaRun(battles, options.images, options.output, options.prompts)
     run.check()
     spent = evaluation.ask(run.run, len(battles))
-    figures = caparena.summarize(read_json(options.output, "battles"), options.name, options.mend)
+    figures = caparena.summarize(read_json(options.output, "battles", list[caparena.Battle]), options.name, options.mend)
     evaluation.report(figures, [], spent)
 
 
 def read_captions(options: argparse.Namespace) -> dict[str, str]:
     if options.model is not None and not options.captions.exists():
         return {}
-    captions = read_json(options.captions, "captions")
-    if not isinstance(captions, dict) or not all(isinstance(caption, str) for caption in captions.values()):
-        raise UserError(f"{options.captions}: not an object of captions", remedy='write {"image": "caption", …}')
-    return captions
+    return read_json(options.captions, 'captions, {"image": "caption", …}', dict[str, str])
 
 
 BENCHMARKS = {

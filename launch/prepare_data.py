@@ -9,6 +9,7 @@ Train on the result with data.source=jsonl data.path=prepared.jsonl. Interrupted
 import argparse
 import sys
 
+from balcap_mega.config.load import validate
 from balcap_mega.config.schema import JudgeEndpoint, RewardConfig
 from balcap_mega.data.files import ImageFileDataset
 from balcap_mega.data.sources import READERS
@@ -40,13 +41,13 @@ def main() -> None:
         options.images,
         max_missing_fraction=options.max_missing_fraction,
     )
-    endpoint = JudgeEndpoint(
-        base_url=options.base_url,
-        model=options.model,
-        api_key_env=options.api_key_env,
-        concurrency=options.concurrency,
-    )
-    judge = MllmJudge(RewardConfig(judge="mllm", endpoint=endpoint))
+    endpoint = {
+        "base_url": options.base_url,
+        "model": options.model,
+        "api_key_env": options.api_key_env,
+        "concurrency": options.concurrency,
+    }
+    judge = MllmJudge(RewardConfig(judge="mllm", endpoint=validate(JudgeEndpoint, endpoint, "the endpoint's options")))
     try:
         judge.check()
         with progress_bar("reference units", len(dataset)) as advance:

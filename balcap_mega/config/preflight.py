@@ -3,12 +3,12 @@
 All of them read only, so every rank runs them, before any process group, model or engine exists.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import from_json
 
 from balcap_mega.config.load import load_config
 from balcap_mega.config.schema import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
@@ -146,7 +146,7 @@ def check_model(model: ModelConfig, parallel: ParallelConfig, rollout: RolloutCo
     """Is `model.path` a whole Hugging Face checkpoint of a known architecture, which the parallel sizes can cut?"""
     folder, key = Path(model.path), f"model.path={model.path}"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = from_json((folder / "config.json").read_bytes())
     except OSError as error:
         raise UserError(
             f"{key} holds no readable config.json: {error.strerror}", remedy="give a Hugging Face model folder"
@@ -163,7 +163,11 @@ def check_model(model: ModelConfig, parallel: ParallelConfig, rollout: RolloutCo
     for names in PROCESSOR_FILES:
         if not any((folder / name).exists() for name in names):
             raise UserError(f"{key} lacks {' or '.join(names)}", remedy="save its processor there too")
-    check_shape(config.get("text_config", config), parallel, rollout)
+    text = config.get("text_config", config)
+    sizes = ("num_attention_heads", "num_hidden_layers", "max_position_embeddings")
+    if not isinstance(text, dict) or not all(isinstance(text.get(name, 1), int) for name in sizes):
+        raise UserError(f"{key}: config.json has a text_config of another form", remedy="download the model again")
+    check_shape(text, parallel, rollout)
 
 
 def check_shape(text: dict[str, Any], parallel: ParallelConfig, rollout: RolloutConfig) -> None:

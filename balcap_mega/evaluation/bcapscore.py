@@ -8,12 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from typing_extensions import TypedDict
+
 from balcap_mega.data.files import ImageFileDataset
 from balcap_mega.data.jsonl import drop_cut_line
 from balcap_mega.errors import UserError
+from balcap_mega.evaluation.session import read_json_lines
 from balcap_mega.rewards.judge import COMPONENTS, Judge, Judgement, b_capscore
 
 AHEAD = 256  # captions under judgement at once; each holds its picture
+
+
+class Entry(TypedDict):
+    """What is read of a line of results; more stands there."""
+
+    image: str
+    caption: str
+    precision: float | None
+    recall: float | None
+    linguistic: float | None
 
 
 @dataclass(frozen=True)
@@ -81,11 +94,11 @@ class BCapScoreRun:
             )
         return self.captions[image]
 
-    def _results(self) -> Iterator[dict]:
+    def _results(self) -> Iterator["Entry"]:
         if self.output.exists():
-            yield from map(json.loads, self.output.read_text(encoding="utf-8").splitlines())
+            yield from read_json_lines(self.output, "b-CapScore's results", Entry)
 
-    def _whole_results(self) -> Sequence[dict]:
+    def _whole_results(self) -> Sequence["Entry"]:
         return [entry for entry in self._results() if None not in (entry[name] for name in COMPONENTS)]
 
 

@@ -17,7 +17,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from pydantic import ConfigDict
+from typing_extensions import NotRequired, TypedDict
+
+from balcap_mega.data.files import read_image_file, refuse_outside
+from balcap_mega.data.images import PilDecoder
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation.session import fill, for_each, load_prompt, read_json, write_json
 from balcap_mega.rewards.mllm.client import ChatClient, Completion, Unusable
@@ -29,7 +35,44 @@ MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp"}
 SAVE_EVERY = 20  # battles
 
 
-def draw_battles(battles: dict[str, dict], captions: dict[str, str], model: str, seed: int) -> list[dict]:
+class Entry(TypedDict):
+    """One image of the battles file."""
+
+    captions: dict[str, str]
+    ref_model: str
+
+
+class Battle(TypedDict):
+    """One battle of a file of results, ours or the original's."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    img: str
+    source1: str
+    source2: str
+    caption1: str
+    caption2: str
+    ref: str
+    ref_model: Literal[BASELINES]
+    judge: NotRequired[str]
+
+
+def read_battles(path: str | Path) -> dict[str, Entry]:
+    """The battles file. Raises UserError for an image without its two captions, or outside the folder of images."""
+    battles = read_json(path, "CapArena-Auto's battles", dict[str, Entry])
+    for image, entry in battles.items():
+        refuse_outside(image, str(path))
+        baseline = SHORT_NAMES.get(entry["ref_model"], entry["ref_model"])
+        names = {SHORT_NAMES.get(name, name) for name in entry["captions"]}
+        if baseline not in BASELINES or not {"human", baseline} <= names:
+            raise UserError(
+                f"{path}: {image!r} has no captions of a human and of ref_model, one of {', '.join(BASELINES)}",
+                remedy="download caparena_auto_600.json again",
+            )
+    return battles
+
+
+def draw_battles(battles: dict[str, Entry], captions: dict[str, str], model: str, seed: int) -> list[dict]:
     """The battles of `model`'s captions, in the original's result format. Raises UserError for an image without one."""
     order = random.Random(seed)
     drawn = []
@@ -96,7 +139,7 @@ class CapArenaRun:
         """
         battles = list(self.battles)
         if self.output.exists():
-            earlier = {battle["img"]: battle for battle in read_json(self.output, "earlier battles")}
+            earlier = {battle["img"]: battle for battle in read_json(self.output, "earlier battles", list[Battle])}
             battles = [_same_battle(earlier.get(battle["img"]), battle) for battle in battles]
         system, request = (load_prompt(name, self.prompts) for name in ("caparena", "caparena_request"))
         unsaved = 0
@@ -119,8 +162,11 @@ class CapArenaRun:
 
     def _body(self, system: str, request: str, battle: dict) -> dict:
         path = self.image_root / battle["img"]
+        data = read_image_file(path)
+        if PilDecoder()([data]) == [None]:
+            raise UserError(f"{path} cannot be decoded", remedy="replace the image")
         url = f"data:{MEDIA_TYPES.get(path.suffix.lower(), 'image/jpeg')};base64,"
-        url += base64.b64encode(path.read_bytes()).decode()
+        url += base64.b64encode(data).decode()
         text = fill(request, caption_1=battle["caption1"], caption_2=battle["caption2"], reference=battle["ref"])
         return {
             "messages": [

@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 from balcap_mega.config.schema import RolloutConfig
-from balcap_mega.data.images import PilDecoder
-from balcap_mega.data.records import CaptionRecord
-from balcap_mega.errors import UserError
+from balcap_mega.data.records import CaptionRecord, refuse_placeholders
+from balcap_mega.evaluation.session import read_picture
 from balcap_mega.rollout.engine import Prompt, RolloutEngine
 
 AT_ONCE = 128  # images handed to the engine together, and captions lost at most by an interruption
@@ -19,8 +18,9 @@ def caption_images(
 ) -> Iterator[dict[str, str]]:
     """Greedy captions of `images` (by a key of the caller's), as batches of {key: caption}.
 
-    Raises UserError for an image that cannot be decoded.
+    Raises UserError for an image that cannot be decoded, and for a prompt that spells an image's placeholder.
     """
+    refuse_placeholders(prompt, "--caption-prompt")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = RolloutConfig(max_tokens=max_tokens, max_model_len=max_model_len, timeout_seconds=3600)
@@ -34,7 +34,4 @@ def caption_images(
 
 
 def _record(path: Path, prompt: str) -> CaptionRecord:
-    (picture,) = PilDecoder()([path.read_bytes()])
-    if picture is None:
-        raise UserError(f"{path} cannot be decoded", remedy="replace the image")
-    return CaptionRecord(path.name, picture, prompt, reference="")
+    return CaptionRecord(path.name, read_picture(path), prompt, reference="")

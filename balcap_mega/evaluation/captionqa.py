@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
+
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation.session import for_each, load_prompt, read_json, read_json_lines, write_json
 from balcap_mega.rewards.mllm.client import ChatClient, Completion
@@ -32,6 +35,7 @@ VERBS = (
     "should", "shall", "may", "might", "must",
 )  # fmt: skip
 SAVE_EVERY = 50  # questions
+EXPORT = "export the data set as JSON, JSON Lines or Parquet"
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,35 @@ class Question:
         }
 
 
-def plan(rows: Sequence[dict], captions: dict[str, str], seed: int = 0, mend: bool = False) -> list[Question]:
+class Asked(TypedDict, total=False):
+    """A question as the data set has it."""
+
+    question: str
+    choices: list[Any] | None
+    answer: Any
+    category: str | list[str] | None
+
+
+class Row(Asked, total=False):
+    """A row of the data set: an image's questions, or one question."""
+
+    id: str | int | None
+    domain: str | None
+    questions: list[Asked] | None
+
+
+class Answer(TypedDict):
+    """What is read of an answer in a file of results; more stands there."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    score: float
+    is_correct: bool
+    is_cannot_answer: bool
+    category: NotRequired[str | None]
+
+
+def plan(rows: Sequence[Row], captions: dict[str, str], seed: int = 0, mend: bool = False) -> list[Question]:
     """The questions about captioned images in order, options shuffled by one generator that runs through them."""
     shuffler = random.Random(seed)
     questions = []
@@ -99,7 +131,7 @@ def plan(rows: Sequence[dict], captions: dict[str, str], seed: int = 0, mend: bo
     return questions
 
 
-def _questions_of(row: dict) -> Sequence[dict]:
+def _questions_of(row: Row) -> Sequence[Asked]:
     questions = row.get("questions")
     return questions if questions else [row] if "question" in row else []
 
@@ -143,18 +175,20 @@ def read_letter(reply: str, options: int, mend: bool) -> str | None:
     return LETTERS[int(found.group(1)) - 1] if found and int(found.group(1)) <= options else None
 
 
-def read_questions(path: str | Path) -> list[dict]:
+def read_questions(path: str | Path) -> list["Row"]:
     """Rows of the data set, without their images."""
     if Path(path).suffix == ".parquet":
         import pyarrow.parquet
 
-        columns = set(pyarrow.parquet.read_schema(path).names) - {"images"}
-        return pyarrow.parquet.read_table(path, columns=sorted(columns)).to_pylist()
-    reader = read_json_lines if Path(path).suffix == ".jsonl" else read_json
-    rows = reader(path, "CaptionQA's questions")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: not a list of rows", remedy="export the data set as JSON, JSON Lines or Parquet")
-    return rows
+        try:
+            columns = set(pyarrow.parquet.read_schema(path).names) - {"images"}
+            rows = pyarrow.parquet.read_table(path, columns=sorted(columns)).to_pylist()
+            return TypeAdapter(list[Row]).validate_python(rows)
+        except (OSError, ValueError) as error:  # pyarrow's and pydantic's own errors are such too
+            raise UserError(f"{path}: not a readable Parquet file of questions ({error})", remedy=EXPORT) from error
+    if Path(path).suffix == ".jsonl":
+        return read_json_lines(path, "CaptionQA's questions", Row)
+    return read_json(path, "CaptionQA's questions", list[Row])
 
 
 @dataclass(frozen=True)
@@ -174,7 +208,9 @@ class CaptionQaRun:
         The answers of an image stand in its questions' order. An image of which a reply failed keeps its answers up
         to there.
         """
-        results: dict[str, list[dict]] = read_json(self.output, "earlier results") if self.output.exists() else {}
+        results: dict[str, list[Answer]] = {}
+        if self.output.exists():
+            results = read_json(self.output, "earlier results", dict[str, list[Answer]])
         done = {image: len(answers) for image, answers in results.items()}
         system = load_prompt("captionqa", self.prompts).strip()
         fresh: dict[str, dict[int, dict]] = defaultdict(dict)
@@ -227,7 +263,7 @@ def summarize(output: Path, questions: Sequence[Question]) -> tuple[dict[str, fl
     domains = {question.image: question.domain for question in questions}
     answers = [
         (domains.get(image, image.split("_")[0]), answer)
-        for image, of_image in read_json(output, "results").items()
+        for image, of_image in read_json(output, "results", dict[str, list[Answer]]).items()
         for answer in of_image
     ]
     if not answers:

@@ -23,17 +23,66 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from PIL import Image
+from pydantic import ConfigDict
+from typing_extensions import NotRequired, TypedDict
 
+from balcap_mega.data.files import refuse_outside
 from balcap_mega.errors import UserError
-from balcap_mega.evaluation.session import fill, for_each, load_prompt, write_json
+from balcap_mega.evaluation.session import (
+    fill,
+    for_each,
+    load_prompt,
+    read_json,
+    read_json_lines,
+    read_picture,
+    write_json,
+)
 from balcap_mega.rewards.mllm.client import ChatClient, RequestFailed
 
 TRIES = 5
 MATCHINGS = VERIFICATIONS = 3
+LONGEST_REPLY = 200_000  # characters; no list of facts comes near
 SYSTEM = "You are a helpful assistant."
 # What a reply of the wrong shape raises where it is read: the try is void, as in the original.
 BAD_REPLY = (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError)
+
+
+class Captioned(TypedDict):
+    """A row of the captions file."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    image_path: str
+    caption: str
+    oracle_caption: str
+
+
+class Annotation(TypedDict):
+    """What is read of a row of the annotations."""
+
+    image_name: str
+    oracle_facts: list[str]
+    oracle_caption: NotRequired[str]
+
+
+class Result(TypedDict):
+    """A file of results, ours or the original's; its replies are read by `score_image`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    valid: bool
+
+
+def read_captions(path: str | Path) -> list[Captioned]:
+    return read_json_lines(path, "DeCapBench's captions", Captioned)
+
+
+def read_annotations(path: str | Path) -> dict[str, Annotation]:
+    """By image. Raises UserError for an image outside the folder of images."""
+    rows = read_json_lines(path, "DeCapBench's oracle facts", Annotation)
+    for row in rows:
+        refuse_outside(row["image_name"], str(path))
+    return {row["image_name"]: row for row in rows}
 
 
 @dataclass(frozen=True)
@@ -121,6 +170,8 @@ def score_image(result: dict, mend: bool) -> list[Trial]:
 
 def parse_reply(text: str) -> Any:
     """The list in a judge's reply, read as the original reads it: as Python first, then as JSON; None if neither."""
+    if len(text) > LONGEST_REPLY:
+        return None
     after = text.split("```json")[-1]
     flat = after.strip("`").strip().strip("\n").replace("\n", "")
     readings = [
@@ -131,7 +182,9 @@ def parse_reply(text: str) -> Any:
     ]
     for read, source in readings:
         try:
-            return read(source)
+            value = read(source)
+            json.dumps(value, ensure_ascii=False).encode()  # Python knows values that no file of results can hold
+            return value
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return None
@@ -166,6 +219,7 @@ class DcScoreRun:
                     f"captions: row {number}: the annotations have no image {row['image_path']!r}",
                     remedy="use the image names of the annotation file",
                 )
+            refuse_outside(row["image_path"], f"captions: row {number}")
             if not (self.image_root / row["image_path"]).is_file():
                 raise UserError(f"no image {self.image_root / row['image_path']}", remedy="check --images")
 
@@ -176,7 +230,7 @@ class DcScoreRun:
 
         async def one(number: int) -> None:
             path = self.output / f"{number}.json"
-            if not (path.exists() and json.loads(path.read_text(encoding="utf-8"))["valid"]):
+            if not (path.exists() and read_json(path, "an earlier result", Result)["valid"]):
                 for _ in range(TRIES):
                     result = await self._judge(client, prompts, self.captions[number])
                     write_json(path, result)
@@ -247,7 +301,7 @@ class DcScoreRun:
 
 def _jpeg_url(path: Path) -> str:
     buffer = io.BytesIO()
-    Image.open(path).convert("RGB").save(buffer, "jpeg")
+    read_picture(path).save(buffer, "jpeg")
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -271,7 +325,7 @@ def _add_scores(result: dict, trials: Sequence[Trial]) -> None:
 def summarize(folder: Path, mend: bool) -> dict[str, float]:
     """Scores × 100 over a folder of results, ours or the original's, from the replies stored in them."""
     results = [
-        json.loads(path.read_text(encoding="utf-8"))
+        read_json(path, "a result", Result)
         for path in sorted(folder.glob("*.json"), key=lambda path: path.name)
         if path.stem.isdigit()
     ]

@@ -136,7 +136,11 @@ def _differences(logits: Tensor, model: ModelConfig, batch: _Batch, platform: Pl
 def _reference_logits(model: ModelConfig, batch: _Batch, platform: Platform) -> Iterator[Tensor]:
     """[caption, V] logits of each caption, in the row's order, by transformers: a sequence at a time, no packing."""
     reference = AutoModelForImageTextToText.from_pretrained(
-        model.path, dtype=platform.dtype(model.dtype), local_files_only=True
+        model.path,
+        dtype=platform.dtype(model.dtype),
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     ).to(platform.device)
     image_token_id = reference.config.image_token_id
     for group, image in zip(batch.groups, batch.images, strict=True):

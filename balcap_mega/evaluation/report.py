@@ -40,7 +40,7 @@ def write_report(
         "spent_all_runs": asdict(all_runs),
     }
     write_json(path, report)
-    console = Console()
+    console = Console(markup=False)  # names of parts come from files, and may hold brackets
     console.print(_table(title, ["", "value"], [[name, _shown(value)] for name, value in figures.items()]))
     if breakdown:
         names = list(breakdown[0])

@@ -11,6 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+
+from balcap_mega.data.files import read_image_file
+from balcap_mega.data.images import PilDecoder
 from balcap_mega.errors import UserError
 from balcap_mega.rewards.mllm.client import ChatClient, ClientCounters, RequestFailed
 from balcap_mega.rewards.mllm.judge import JudgeReport
@@ -66,27 +71,51 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_
                 failed += 1
                 log.warning("no reply: %s", error)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(at_once):
-            group.create_task(worker())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(worker())
+    except ExceptionGroup as errors:
+        if isinstance(errors.exceptions[0], UserError):
+            raise errors.exceptions[0] from None
+        raise
     return failed
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})", remedy=f"name the file with {what}") from error
+def read_json(path: str | Path, what: str, form: Any) -> Any:
+    """The file's content, of the type `form`. Raises UserError naming what is not of it."""
+    return _parse(TypeAdapter(form), _read(path, what), str(path), what)
 
 
-def read_json_lines(path: str | Path, what: str) -> list[Any]:
+def read_json_lines(path: str | Path, what: str, form: Any) -> list[Any]:
+    """The same for a file of one JSON value a line."""
+    adapter = TypeAdapter(form)
+    lines = enumerate(_read(path, what).splitlines(), start=1)
+    return [_parse(adapter, line, f"{path}:{number}", what) for number, line in lines if line.strip()]
+
+
+def _read(path: str | Path, what: str) -> bytes:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable JSON Lines file ({error})", remedy=f"name the file with {what}"
-        ) from error
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: not a readable file ({error})", remedy=f"name the file with {what}") from error
+
+
+def _parse(adapter: TypeAdapter, text: bytes, where: str, what: str) -> Any:
+    try:
+        return adapter.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{part}: " for part in first["loc"])
+        raise UserError(f"{where}: {key}{first['msg']}", remedy=f"name the JSON file with {what}") from error
+
+
+def read_picture(path: Path) -> Image.Image:
+    """An image file as training would read it. Raises UserError for one that cannot be decoded."""
+    (picture,) = PilDecoder()([read_image_file(path)])
+    if picture is None:
+        raise UserError(f"{path} cannot be decoded", remedy="replace the image")
+    return picture
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -137,7 +166,7 @@ class Spending:
 def add_to_ledger(path: str | Path, spent: Spending) -> Spending:
     """Add one run's spending to the ledger kept beside the results; return the sum over all runs."""
     path = Path(path)
-    before = Spending(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Spending()
+    before = read_json(path, "what earlier runs have spent", Spending) if path.exists() else Spending()
     total = before + spent
     write_json(path, asdict(total))
     return total

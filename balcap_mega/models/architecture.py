@@ -3,13 +3,14 @@
 Both families are covered at every size by configuration alone: Qwen2.5-VL (3B to 72B) and LLaVA-1.5 (7B, 13B).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from megatron.core.transformer.transformer_config import TransformerConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import AutoConfig, PretrainedConfig
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig
@@ -19,6 +20,44 @@ from balcap_mega.parallel.platform import Platform
 
 Family = Literal["qwen2_5_vl", "llava"]
 TEXT_MODELS: dict[str, tuple[str, ...]] = {"qwen2_5_vl": ("qwen2_5_vl_text",), "llava": ("llama",)}
+
+
+# What transformers raises on values that it checks, and on those it does not check but computes with.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, OSError, StrictDataclassError, TypeError, ValueError)
+
+Size = Annotated[int, Field(ge=1, le=2**24)]
+Depth = Annotated[int, Field(ge=1, le=1024)]
+
+
+class _Sizes(BaseModel):
+    """Numbers of a config.json that something is allocated or counted by; where they are absent, defaults hold."""
+
+    model_config = ConfigDict(strict=True)
+
+    num_hidden_layers: Depth = 1
+    depth: Depth = 1
+    hidden_size: Size = 1
+    intermediate_size: Size = 1
+    num_attention_heads: Size = 1
+    num_heads: Size = 1
+    num_key_value_heads: Size = 1
+    vocab_size: Size = 1
+    max_position_embeddings: Size = 1
+    max_window_layers: Annotated[int, Field(ge=0, le=1024)] = 1
+    head_dim: Size | None = None
+    image_size: Size = 1
+    patch_size: Size = 1
+    temporal_patch_size: Size = 1
+    spatial_merge_size: Size = 1
+    in_channels: Size = 1
+    num_channels: Size = 1
+    out_hidden_size: Size = 1
+
+
+class _ConfigFile(_Sizes):
+    model_type: str = ""
+    text_config: _Sizes = _Sizes()
+    vision_config: _Sizes = _Sizes()
 
 
 @dataclass(frozen=True)
@@ -55,15 +94,27 @@ class Architecture:
         if not path.is_file():
             raise UserError(f"model.path={folder} holds no config.json", remedy="point it at a Hugging Face folder")
         try:
-            model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is not JSON ({error})", remedy="download the checkpoint again") from error
+            model_type = _ConfigFile.model_validate_json(path.read_bytes()).model_type
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: {key}: {first['msg']}", remedy="download the checkpoint again") from error
         if model_type not in TEXT_MODELS:
             raise UserError(
                 f"{path}: model_type={model_type!r} is not a policy this framework trains",
                 remedy="use a Qwen2.5-VL (qwen2_5_vl) or LLaVA-1.5 (llava) checkpoint",
             )
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return cls._from_config(path, model_type, config)
+        except MALFORMED as error:
+            raise UserError(
+                f"{path} is no whole configuration of a {model_type} model ({error})",
+                remedy="download the checkpoint again",
+            ) from error
+
+    @classmethod
+    def _from_config(cls, path: Path, model_type: Family, config: PretrainedConfig) -> "Architecture":
         text = config.text_config
         rope = text.rope_parameters
         requirements = {  # what every released checkpoint of the two families is; others would be computed wrongly

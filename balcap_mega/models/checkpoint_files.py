@@ -1,10 +1,10 @@
 """A Hugging Face folder's safetensors, checked from their headers against what an architecture needs."""
 
-import json
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from balcap_mega.errors import UserError
@@ -14,6 +14,10 @@ from balcap_mega.models.huggingface_tensors import canonical_name, huggingface_s
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,15 @@ def _files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            weight_map = _Index.model_validate_json(index.read_bytes()).weight_map
+        except (OSError, ValidationError) as error:
             raise UserError(f"{index} is not a safetensors index", remedy="download the checkpoint again") from error
-        if not isinstance(weight_map, Mapping) or any(Path(name).name != name for name in weight_map.values()):
+        if any(Path(name).name != name for name in weight_map.values()):
             raise UserError(f"{index} names files outside its folder", remedy="download the checkpoint again")
         files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         files = [folder / SINGLE_FILE]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.isfile(file)]
     if missing:
         raise UserError(
             f"{folder} lacks {_some(missing)}",

@@ -1,12 +1,12 @@
 """From a caption record to what the policy and the engine read, by the checkpoint's own Hugging Face processor."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 
@@ -31,6 +31,10 @@ class ProcessedPrompt:
     vision: VisionInputs
 
 
+class _GenerationConfig(BaseModel):
+    eos_token_id: int | list[int] | None = None
+
+
 class PromptProcessor:
     """Chat template, image preprocessing and tokenizer of the checkpoint in `folder`.
 
@@ -41,13 +45,13 @@ class PromptProcessor:
     def __init__(self, folder: str | Path):
         declare_torchvision_operators()
         try:
-            self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+            self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises nothing narrower for a file of its own that it cannot read
             raise UserError(
                 f"model.path={folder}: its processor cannot be loaded ({error})",
                 remedy="the folder needs the tokenizer and preprocessor files that the checkpoint was published with",
             ) from error
-        self._config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._tokenizer = self._processor.tokenizer
         self.eos_token_ids = _eos_token_ids(Path(folder), self._tokenizer.eos_token_id)
         self.banned_token_ids = self._media_token_ids()
@@ -96,12 +100,18 @@ class PromptProcessor:
         )
 
     def encode_caption(self, caption: str) -> tuple[int, ...]:
-        """A supervised target: the caption's tokens and the end-of-sequence token."""
-        return (*self._tokenizer(caption, add_special_tokens=False).input_ids, self.eos_token_ids[0])
+        """A supervised target: the caption's tokens and the end-of-sequence token.
+
+        A special token that the caption spells, such as an image's placeholder, is text like any other.
+        """
+        return (*self._text_token_ids(caption), self.eos_token_ids[0])
 
     def count_tokens(self, text: str) -> float:
         """Length of a text in tokens, special ones left out."""
-        return float(len(self._tokenizer(text, add_special_tokens=False).input_ids))
+        return float(len(self._text_token_ids(text)))
+
+    def _text_token_ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _media_token_ids(self) -> tuple[int, ...]:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -140,8 +150,9 @@ def mrope_position_ids(is_image: Tensor, image_grid_thw: Tensor, spatial_merge_s
 def _eos_token_ids(folder: Path, tokenizer_eos: int) -> tuple[int, ...]:
     """The tokenizer's end token and whatever else the checkpoint's generation_config.json stops at, as vLLM does."""
     path = folder / "generation_config.json"
-    configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    if configured is None:
-        configured = []
-    others = configured if isinstance(configured, list) else [configured]
+    try:
+        configured = _GenerationConfig.model_validate_json(path.read_bytes()).eos_token_id if path.is_file() else None
+    except ValidationError as error:
+        raise UserError(f"{path} is malformed ({error.errors()[0]['msg']})", remedy="download it again") from error
+    others = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return tuple(dict.fromkeys([tokenizer_eos, *others]))

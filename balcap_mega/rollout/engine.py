@@ -214,6 +214,8 @@ def engine_arguments(
     """vLLM's `EngineArgs` for this run."""
     arguments = {
         "model": str(model_folder),
+        "load_format": "safetensors",  # never a pickle, whatever else the folder holds
+        "trust_remote_code": False,
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
         "max_model_len": config.max_model_len,

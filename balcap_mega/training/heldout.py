@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from balcap_mega.errors import UserError
 from balcap_mega.rewards.collect import CaptionScore
 from balcap_mega.rewards.judge import COMPONENTS, Judge, Judgement, b_capscore
 from balcap_mega.rollout.engine import RolloutEngine
@@ -74,4 +75,8 @@ def write_result(path: Path, result: HeldOutResult) -> None:
 
 
 def read_result(path: Path) -> HeldOutResult:
-    return _RESULT.validate_json(path.read_bytes())
+    """Raises UserError for a file that is not as `write_result` left it."""
+    try:
+        return _RESULT.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{path} is damaged ({error})", remedy="give another output_dir to start anew") from error

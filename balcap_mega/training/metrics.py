@@ -11,9 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from balcap_mega.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Row(TypedDict):
+    """A line of metrics.jsonl: the number of steps done, and a number under each of the other names."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    step: int
+
+
+_ROW = TypeAdapter(Row)
 
 
 class PhaseTimer:
@@ -102,11 +117,23 @@ class MetricsLogger:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, one a step, in order; a last line that a crash cut off is left out."""
+    """The rows of metrics.jsonl, one a step, in order; a last line that a crash cut off is left out.
+
+    Raises UserError naming a line that is damaged otherwise.
+    """
     path = folder / METRICS_FILE
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(_ROW.validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = "".join(f"{part}: " for part in first["loc"])
+            raise UserError(f"{path}:{number} is damaged: {key}{first['msg']}", remedy="remove that line") from error
+    return rows
 
 
 def _keep_steps(path: Path, steps_done: int) -> None:
