@@ -23,7 +23,7 @@ class Fault:
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    body: str | None = None
+    body: str | bytes | None = None
     content: str | None = None
     refusal: str | None = None
     finish_reason: str = "stop"
@@ -131,7 +131,9 @@ class JudgeServer:
         number = len(self.requests)
         headers = {"x-request-id": f"server-{number}", **fault.headers}
         if fault.body is not None or fault.status != 200:
-            return web.Response(status=fault.status, text=fault.body or "fault", headers=headers)
+            body = fault.body or "fault"
+            body = body if isinstance(body, bytes) else body.encode()
+            return web.Response(status=fault.status, body=body, headers=headers)
         content = fault.content if fault.content is not None else self._content(name, body)
         contents = content if isinstance(content, list) else [content]
         message = {"role": "assistant", "refusal": fault.refusal}
