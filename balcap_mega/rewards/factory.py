@@ -13,5 +13,9 @@ def build_judge(config: RewardConfig) -> Judge:
     from balcap_mega.rewards.mllm.judge import MllmJudge
 
     judge = MllmJudge(config)
-    judge.check()
+    try:
+        judge.check()
+    except BaseException:
+        judge.close()
+        raise
     return judge

@@ -103,19 +103,20 @@ class ChatClient:
 
     def __init__(self, endpoint: JudgeEndpoint, cache: ReplyCache | None = None, backoff_seconds: float = 0.5):
         self._headers = {"Content-Type": "application/json"}
+        self._key = ""
         if endpoint.api_key_env is not None:
             if not os.environ.get(endpoint.api_key_env):
                 raise UserError(
                     f"endpoint.api_key_env names {endpoint.api_key_env}, which is not set",
                     remedy=f"export {endpoint.api_key_env}=... before starting",
                 )
-            key = os.environ[endpoint.api_key_env]
-            if not (key.isascii() and key.isprintable()):
+            self._key = os.environ[endpoint.api_key_env]
+            if not (self._key.isascii() and self._key.isprintable()):
                 raise UserError(
                     f"the key in {endpoint.api_key_env} holds characters that no key has",
                     remedy="export it anew, without line breaks",
                 )
-            self._headers["Authorization"] = f"Bearer {key}"
+            self._headers["Authorization"] = f"Bearer {self._key}"
             address = urlsplit(endpoint.base_url)
             if address.scheme == "http" and not _is_loopback(address.hostname):
                 log.warning("the key in %s goes to %s unencrypted; use https", endpoint.api_key_env, address.hostname)
@@ -206,7 +207,8 @@ class ChatClient:
         except aiohttp.ClientError:
             raise AttemptFailed("connection") from None
         given = response.headers.get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else request_id
+        if REQUEST_ID.fullmatch(given) and not (self._key and self._key in given):  # some echo what they were sent
+            request_id = given
         status = response.status
         if status != 200:
             raise AttemptFailed(
