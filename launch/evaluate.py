@@ -214,7 +214,9 @@ def run_caparena(evaluation: Evaluation) -> None:
     run = caparena.CapArenaRun(battles, options.images, options.output, options.prompts)
     run.check()
     spent = evaluation.ask(run.run, len(battles))
-    figures = caparena.summarize(read_json(options.output, "battles", list[caparena.Battle]), options.name, options.mend)
+    figures = caparena.summarize(
+        read_json(options.output, "battles", list[caparena.Battle]), options.name, options.mend
+    )
     evaluation.report(figures, [], spent)
 
 

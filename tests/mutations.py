@@ -1,4 +1,4 @@
-"""Damage of every kind for the fuzz tests: bytes flipped, cut and spliced; values of a JSON tree swapped for hostile ones.
+"""Damage of every kind for the fuzz tests: bytes flipped, cut and spliced; values of JSON trees swapped for hostile ones.
 
 All of it is drawn from a `random.Random`, so a seed says exactly which input failed.
 """
@@ -12,12 +12,14 @@ TOKENS = (
     b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\x1b[2J", b"\n", b"\r", b"\t", b"\xc3\x28", b"\xed\xa0\x80",
     b'"', b"'", b"{", b"}", b"[", b"]", b":", b",", b"\\", b"\\u0000", b"\\ud800", b"null", b"true", b"NaN", b"-1e999",
     b"1" * 5000, b"[" * 3000, b'{"a":' * 3000, b"- " * 500, b"&a ", b"*a", b"<<: ", b"!!binary ", b"!!timestamp ",
-    b"!!python/object/apply:os.system ", b"? ", b"| ", b"0x_", b"2001-99-99", b"%", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff",
+    b"!!python/object/apply:os.system ", b"? ", b"| ", b"0x_", b"2001-99-99", b"%",
+    b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, float("nan"), float("inf"),
-    "", " ", "\x00", "\n", "\x1b[31m", "x" * 5000, "\ud800", "\u202e", "/etc/passwd", "../../etc/passwd", ".", "..", "a/..",
-    "<image>", "<|image_pad|>", "{{ 7 * 7 }}", "nan", "1e400", [], {}, [[]], [None], {"": None}, [1, "a", {}], {"a": [{"b": 1}]},
+    "", " ", "\x00", "\n", "\x1b[31m", "x" * 5000, "\ud800", "\u202e", "/etc/passwd", "../../etc/passwd", ".", "..",
+    "a/..", "<image>", "<|image_pad|>", "{{ 7 * 7 }}", "nan", "1e400", [], {}, [[]], [None], {"": None}, [1, "a", {}],
+    {"a": [{"b": 1}]},
 )  # fmt: skip
 DEPTHS = (3, 100, 500, 5000)
 

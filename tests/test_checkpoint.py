@@ -275,7 +275,9 @@ def test_full_disk_leaves_the_last_good_checkpoint(tiny_checkpoint, small_disk, 
     filler = small_disk / "others"
     for room in (100_000, 0):  # in the middle of the weights; before the first file
         filler.write_bytes(bytes(free - room))
-        with pytest.raises(UserError, match="checkpoint of step 2 could not.*No space left on device.*goes on from step 1"):
+        with pytest.raises(
+            UserError, match="checkpoint of step 2 could not.*No space left on device.*goes on from step 1"
+        ):
             learner.start(writer, 2)
             writer.finish()
         assert sorted(path.name for path in small_disk.iterdir()) == ["latest", "others", "step_000001"]

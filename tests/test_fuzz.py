@@ -1,6 +1,6 @@
 """Every format the program reads, damaged in ten thousand ways: it is read, or refused in one line, soon and small.
 
-Each reader is called as the program calls it. Nothing is drawn but from a seed, so a failure repeats; it names its input.
+Each reader is called as the program calls it. All is drawn from seeds, so a failure repeats; it names its input.
 FUZZ_FACTOR=20 in the environment tries twenty times as many.
 """
 
@@ -26,7 +26,14 @@ from PIL import Image, PngImagePlugin
 
 from balcap_mega.config.load import dump_config, load_config
 from balcap_mega.config.preflight import check_data, check_model
-from balcap_mega.config.schema import DataConfig, JudgeEndpoint, ModelConfig, ParallelConfig, RewardConfig, RolloutConfig
+from balcap_mega.config.schema import (
+    DataConfig,
+    JudgeEndpoint,
+    ModelConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from balcap_mega.data.images import MOST_PIXELS, DaliDecoder, PilDecoder
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import build_datasets
@@ -39,7 +46,7 @@ from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.mllm.client import Unusable
 from balcap_mega.rewards.mllm.judge import MllmJudge
 from tests.judge_server import Fault, JudgeServer, RuleJudge
-from tests.mutations import mutate_bytes, mutate_json, mutate_tree
+from tests.mutations import mutate_bytes, mutate_json
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 ROOT = Path(__file__).parent.parent
@@ -402,7 +409,11 @@ EVALUATION: dict[str, tuple[object, bool, Callable[[Path], object]]] = {
     "captions": ({"a.png": "A cat.", "b.png": "A dog."}, False, lambda path: read_json(path, "", dict[str, str])),
     "questions": (
         [
-            {"id": "a_1", "domain": "x", "questions": [{"question": "Is it?", "choices": ["yes", "no"], "answer": "no"}]},
+            {
+                "id": "a_1",
+                "domain": "x",
+                "questions": [{"question": "Is it?", "choices": ["yes", "no"], "answer": "no"}],
+            },
             {"id": 2, "question": "What?", "choices": ["A", "B", 3], "answer": "B", "category": ["kind"]},
         ],
         False,
@@ -421,8 +432,15 @@ EVALUATION: dict[str, tuple[object, bool, Callable[[Path], object]]] = {
     "judged battles": (
         [
             {
-                "img": "a.png", "source1": "mine", "source2": "GPT-4o-0806", "caption1": "a", "caption2": "b",
-                "ref": "c", "ref_model": "GPT-4o-0806", "judge": "Tie", "judge_reason": "Judgment: Tie",
+                "img": "a.png",
+                "source1": "mine",
+                "source2": "GPT-4o-0806",
+                "caption1": "a",
+                "caption2": "b",
+                "ref": "c",
+                "ref_model": "GPT-4o-0806",
+                "judge": "Tie",
+                "judge_reason": "Judgment: Tie",
             }
         ],
         False,

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from balcap_mega.config.schema import RunConfig, Section
 from balcap_mega.errors import UserError
 
-
 S = TypeVar("S", bound=Section)
 
 MOST_BYTES = 2**20  # of a config file
@@ -88,7 +87,9 @@ def validate(kind: type[S], tree: Any, source: str | Path, overridden: Sequence[
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        complaints = [_explain(detail, source, overridden) for detail in error.errors(include_url=False)[:MOST_COMPLAINTS]]
+        complaints = [
+            _explain(detail, source, overridden) for detail in error.errors(include_url=False)[:MOST_COMPLAINTS]
+        ]
         problems, remedies = zip(*complaints)
         raise UserError("; ".join(problems), remedy="; ".join(dict.fromkeys(remedies))) from None
 

@@ -18,10 +18,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import ConfigDict, TypeAdapter
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation.session import for_each, load_prompt, read_json, read_json_lines, write_json

@@ -1,9 +1,9 @@
 """Which parts of a checkpoint get unpickled on loading, and whether that can do more than build data.
 
     .metadata              torch's index of the shard files: a raw pickle
-    common.pt              small values, and for each layer its `_extra_state` within the shard files: `torch.save` files,
-                           of which torch reads the second kind without `weights_only`
-    a layer's extra state  for FP8 layers the bytes of one more pickle, which Transformer Engine reads
+    common.pt              small values: a `torch.save` file
+    a layer's extra state  a `torch.save` file within the shard files, which torch reads without `weights_only`; for
+                           FP8 layers it holds the bytes of one more pickle, which Transformer Engine reads
 
 All of them are read here first, by unpicklers that know the classes such content is made of and refuse all others. What
 passes cannot run code when Megatron reads it again.
@@ -116,7 +116,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def read(cls, data: bytes) -> Any:
         """Raises one of MALFORMED for a pickle that names another class or was not written by `pickle.dump`."""
         for opcode, _, _ in pickletools.genops(data):
-            # Protocols since 4 count their memo up; a number given makes the unpickler allocate up to it, 32 GB at most.
+            # Protocols since 4 count their memo up; a number given makes the unpickler allocate up to it: 32 GB.
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
                 raise pickle.UnpicklingError(f"opcode {opcode.name}")
         return cls(io.BytesIO(data)).load()

@@ -31,7 +31,9 @@ class ReplyModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-Sentence = Text  # not blank: checked here and not by the schema, for hosted APIs refuse one that bounds a string's length
+Sentence = (
+    Text  # not blank: checked here and not by the schema, for hosted APIs refuse one that bounds a string's length
+)
 
 
 class QuotedAssertion(ReplyModel):
