@@ -1,0 +1,184 @@
+"""What a step computes, in tokens: the captions of its images, and the packed rows that a rank trains on."""
+
+import math
+import random
+from dataclasses import astuple, dataclass
+from functools import lru_cache, reduce
+from operator import add
+
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.packing.plan import GroupLengths, PackingPlan, Row, plan_rows
+from balcap_mega.models.fp8 import row_multiple
+
+TEXT_TOKENS = 30
+"""Of a prompt beside its image: the chat template and one instruction."""
+
+CAPTION_TOKENS = 175
+"""Mean length of a detailed caption, where nothing was measured."""
+
+QWEN_IMAGE_TOKENS = 1280
+"""A square megapixel image at 28 x 28 pixels a token, where nothing was measured."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step.
+
+    prompts, group:   images a step and captions of each
+    image_tokens:     of one image, as the language model sees it; 0 for a model without images
+    prefix_tokens:    of one prompt, its image included
+    caption_tokens:   mean length of a response
+    max_tokens:       where responses are cut
+    updates:          optimizer steps that share the step's captions
+    forward_passes:   forward-only passes over all of the step's tokens, for old and reference logprobs
+    """
+
+    prompts: int
+    group: int
+    image_tokens: int
+    prefix_tokens: int
+    caption_tokens: float
+    max_tokens: int
+    updates: int
+    forward_passes: float
+    shared_prefix: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        architecture: Architecture,
+        *,
+        image_tokens: int | None = None,
+        caption_tokens: float | None = None,
+    ) -> "Workload":
+        """The step that `config` asks for; `image_tokens` and `caption_tokens` are assumed where not given."""
+        if image_tokens is None:
+            image_tokens = QWEN_IMAGE_TOKENS
+            if architecture.family == "llava":
+                vision = architecture.vision.vision_config
+                image_tokens = (vision.image_size // vision.patch_size) ** 2
+        updates = config.optimizer.updates_per_step
+        return cls(
+            prompts=config.rollout.prompts_per_step,
+            group=config.rollout.group_size,
+            image_tokens=image_tokens,
+            prefix_tokens=image_tokens + TEXT_TOKENS,
+            caption_tokens=min(caption_tokens or CAPTION_TOKENS, 0.9 * config.rollout.max_tokens),
+            max_tokens=config.rollout.max_tokens,
+            updates=updates,
+            # The first update's old logprobs are its own; later ones need theirs from before it.
+            forward_passes=(config.algorithm.kl_weight > 0) + (updates - 1) / updates,
+            shared_prefix=config.packing.shared_prefix,
+        )
+
+    @property
+    def captions(self) -> int:
+        return self.prompts * self.group
+
+    @property
+    def tokens(self) -> float:
+        """Prompt and response tokens of all captions, as throughput over a whole step is reported: each with its own
+        prompt."""
+        return self.captions * (self.prefix_tokens + self.caption_tokens)
+
+    def lengths(self, count: int) -> list[int]:
+        """`count` response lengths, ascending: the quantiles of an exponential law of this mean, cut at `max_tokens`.
+
+        One response always runs to the limit: sampled models ramble now and then, and that is what generation waits for.
+        """
+        scale = _exponential_scale(self.caption_tokens, self.max_tokens)
+        quantiles = (-scale * math.log1p(-(index + 0.5) / count) for index in range(count - 1))
+        return [*(max(round(min(length, self.max_tokens)), 1) for length in quantiles), self.max_tokens]
+
+
+@lru_cache
+def _exponential_scale(mean: float, limit: float) -> float:
+    """The scale s with E[min(X, limit)] = s·(1 − exp(−limit / s)) = mean for an exponential X, by bisection."""
+    low, high = mean, 1e6 * limit
+    while high - low > 1e-6 * low:
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle * -math.expm1(-limit / middle) < mean else (low, middle)
+    return low
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one row holds, or several together.
+
+    tokens:     padding included
+    pairs:      query-key pairs of attention
+    responses:  tokens that the LM head predicts
+    images:     whose embeddings stand in it
+    rows:       how many rows these are
+    """
+
+    tokens: float
+    pairs: float
+    responses: float
+    images: float
+    rows: float = 1
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other))))
+
+    def __mul__(self, factor: float) -> "Work":
+        return Work(*(mine * factor for mine in astuple(self)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the data-parallel rank with the most to do trains on in one update.
+
+    count:    its microbatches
+    total:    all of them together
+    largest:  the one with the most tokens
+    plan:     how the update was packed; None for rows that were not packed by us
+    """
+
+    count: int
+    total: Work
+    largest: Work
+    plan: PackingPlan | None = None
+
+
+@lru_cache(maxsize=1024)
+def pack(workload: Workload, config_rows: tuple[int, int, int, int]) -> Rows:
+    """One update's rows on their costliest rank; config_rows: (row_tokens, pad_to, data_size, hidden_size)."""
+    row_tokens, pad_to, data_size, hidden_size = config_rows
+    lengths = workload.lengths(workload.captions // workload.updates)
+    random.Random(0).shuffle(lengths)
+    starts = range(0, len(lengths), workload.group)
+    groups = [
+        GroupLengths(workload.prefix_tokens, tuple(lengths[start : start + workload.group])) for start in starts
+    ]
+    plan = plan_rows(
+        groups,
+        row_tokens=row_tokens,
+        hidden_size=hidden_size,
+        data_size=data_size,
+        pad_to=pad_to,
+        shared_prefix=workload.shared_prefix,
+    )
+    ranks = [[_work(row, groups, pad_to) for row in rows] for rows in plan.rows]
+    costliest = max(ranks, key=lambda rows: sum(6 * hidden_size * row.tokens + row.pairs for row in rows))
+    return Rows(len(costliest), reduce(add, costliest), max(costliest, key=lambda row: row.tokens), plan)
+
+
+def pack_for(config: RunConfig, architecture: Architecture, workload: Workload, world: int) -> Rows:
+    """The rows of a run on `world` ranks. Raises UserError where a caption with its prefix does not fit a row."""
+    data_size = world // (config.parallel.tensor * config.parallel.pipeline)
+    shape = (config.packing.row_tokens, row_multiple(config.model, config.parallel), data_size)
+    return pack(workload, (*shape, architecture.hidden_size))
+
+
+def _work(row: Row, groups: list[GroupLengths], pad_to: int) -> Work:
+    tokens = pairs = responses = 0
+    for piece in row:
+        prefix = groups[piece.group].prefix
+        read = [groups[piece.group].captions[index] - 1 for index in piece.captions]
+        tokens += prefix + sum(read)
+        pairs += prefix * (prefix + 1) // 2 + sum(length * prefix + length * (length + 1) // 2 for length in read)
+        responses += sum(length + 1 for length in read)
+    return Work(max(-(-tokens // pad_to), 1) * pad_to, pairs, responses, len(row))
