@@ -8,8 +8,8 @@ from operator import add
 
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.packing.plan import GroupLengths, PackingPlan, Row, plan_rows
 from balcap_mega.models.fp8 import row_multiple
+from balcap_mega.packing.plan import GroupLengths, Row, plan_rows
 
 TEXT_TOKENS = 30
 """Of a prompt beside its image: the chat template and one instruction."""
@@ -131,16 +131,18 @@ class Work:
 class Rows:
     """What the data-parallel rank with the most to do trains on in one update.
 
-    count:    its microbatches
-    total:    all of them together
-    largest:  the one with the most tokens
-    plan:     how the update was packed; None for rows that were not packed by us
+    count:      its microbatches
+    total:      all of them together
+    largest:    the one with the most tokens
+    data_size:  data-parallel ranks
+    imbalance:  this rank's work over the mean rank's
     """
 
     count: int
     total: Work
     largest: Work
-    plan: PackingPlan | None = None
+    data_size: int = 1
+    imbalance: float = 1.0
 
 
 @lru_cache(maxsize=1024)
@@ -163,7 +165,7 @@ def pack(workload: Workload, config_rows: tuple[int, int, int, int]) -> Rows:
     )
     ranks = [[_work(row, groups, pad_to) for row in rows] for rows in plan.rows]
     costliest = max(ranks, key=lambda rows: sum(6 * hidden_size * row.tokens + row.pairs for row in rows))
-    return Rows(len(costliest), reduce(add, costliest), max(costliest, key=lambda row: row.tokens), plan)
+    return Rows(len(costliest), reduce(add, costliest), max(costliest, key=lambda row: row.tokens), data_size, plan.imbalance)
 
 
 def pack_for(config: RunConfig, architecture: Architecture, workload: Workload, world: int) -> Rows:

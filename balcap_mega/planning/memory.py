@@ -1,0 +1,122 @@
+"""Bytes on the most loaded rank of each pipeline stage, by part, at each moment of a step that could be the fullest.
+
+Engine and learner take turns: the engine sleeps while the learner trains, gradients and the optimizer's state are on
+the host while the engine generates, and both are away while weights move.
+"""
+
+from dataclasses import dataclass
+
+from balcap_mega.algorithm.logits import CHUNK_BYTES
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.planning.activations import BF16, FP32, Activations
+from balcap_mega.planning.generation import cache_bytes_per_token
+from balcap_mega.planning.hardware import GIB, Gpu
+from balcap_mega.planning.parameters import ParameterCounts
+from balcap_mega.planning.workload import Rows, Workload
+from balcap_mega.rollout.refit.transfer import BUCKET_BYTES
+
+OPTIMIZER_BYTES = 3 * FP32
+"""Of each trained parameter: the float32 weight and two moments."""
+
+CONTEXT = 2.0 * GIB
+"""CUDA context, loaded kernels, NCCL's buffers and cuBLAS' workspaces, of learner and engine together. Assumed."""
+
+ASLEEP = 1.0 * GIB
+"""What a sleeping engine keeps: its CUDA graphs and workspaces. Assumed."""
+
+ENGINE_WORKSPACE = 4.0 * GIB
+"""Of an engine awake, within its fraction: CUDA graphs, and activations of a prefill of 8,192 tokens with its images
+and logits. Assumed."""
+
+FRAGMENTATION = 0.05
+"""Of what the learner allocates beyond weights, lost between blocks: 75.3 GiB reserved for 72.1 allocated in
+Megatron-Bridge pull request 5266."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One moment of a step on one pipeline stage: bytes by part."""
+
+    name: str
+    stage: int
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """moments: every stage's, in the order of a step
+    host:           bytes a rank holds in the host's memory: the engine's weights asleep, the optimizer's state
+    cache_tokens:   tokens whose keys and values fit the engine's cache; below 0 where not even its weights fit
+    """
+
+    moments: tuple[Moment, ...]
+    host: float
+    cache_tokens: float
+
+    @property
+    def fullest(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    def peak(self, name: str) -> Moment:
+        """The fullest stage at that moment."""
+        return max((moment for moment in self.moments if moment.name == name), key=lambda moment: moment.total)
+
+
+def predict_memory(
+    config: RunConfig, architecture: Architecture, counts: ParameterCounts, workload: Workload, rows: Rows, gpu: Gpu
+) -> Memory:
+    """Memory of a run whose data-parallel ranks train on `rows`."""
+    parallel = config.parallel
+    stages = counts.stages(parallel.tensor, parallel.pipeline)
+    layers = architecture.layers_per_stage(parallel.pipeline)
+    activations = Activations(architecture, parallel.tensor, parallel.sequence, config.model.recompute)
+    data_size = rows.data_size
+    engine_weights = engine_weight_bytes(config, architecture, counts)
+    awake = config.rollout.memory_fraction * gpu.memory
+    moments, hosts = [], []
+    for stage, parameters in enumerate(stages):
+        weights = BF16 * parameters.total
+        trained = parameters.language + (0 if config.model.freeze_vision else parameters.vision)
+        shards = data_size if parallel.distributed_optimizer else 1
+        optimizer = OPTIMIZER_BYTES * trained / shards
+        features = BF16 * rows.total.images * workload.image_tokens * architecture.hidden_size * (stage == 0)
+        in_flight = min(parallel.pipeline - stage, rows.count)
+        backward = {
+            "activations": in_flight * layers[stage] * sum(activations.layer(rows.largest.tokens).values()),
+            "working": activations.working(rows.largest.tokens),
+            "image embeddings": features,
+        }
+        if stage == parallel.pipeline - 1:
+            backward["head"] = activations.head(rows.largest, CHUNK_BYTES["cuda"])
+        lost = FRAGMENTATION * sum(backward.values())
+        update = {"weights": weights, "gradients": FP32 * trained, "optimizer": optimizer} | backward
+        moments += [
+            Moment("rollout", stage, {"weights": weights, "engine": awake, "context": CONTEXT}),
+            Moment("update", stage, update | {"fragmentation": lost, "asleep": ASLEEP, "context": CONTEXT}),
+            Moment(
+                "refit",
+                stage,
+                {"weights": weights, "engine": engine_weights, "buckets": 2 * BUCKET_BYTES, "asleep": ASLEEP, "context": CONTEXT},
+            ),
+        ]
+        hosts.append(optimizer + engine_weights)
+    room = awake - engine_weights - ENGINE_WORKSPACE
+    return Memory(
+        tuple(moments),
+        host=max(hosts),
+        cache_tokens=room / cache_bytes_per_token(architecture, config.rollout.tensor_parallel),
+    )
+
+
+def engine_weight_bytes(config: RunConfig, architecture: Architecture, counts: ParameterCounts) -> float:
+    """Weights of one rank of the engine; in FP8 those of the decoder's linears are a byte each."""
+    elements = counts.engine(config.rollout.tensor_parallel)
+    if not config.rollout.fp8:
+        return BF16 * elements
+    linears = sum(stage.layers for stage in counts.stages(config.rollout.tensor_parallel, 1))
+    return BF16 * elements - linears

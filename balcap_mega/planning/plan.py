@@ -1,0 +1,208 @@
+"""What a run would be like under a layout: memory by part, seconds by phase, speed; or why it cannot be."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from balcap_mega.config.preflight import check_batch, check_shape
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.errors import UserError
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.released import RELEASED
+from balcap_mega.planning.compute import Compute
+from balcap_mega.planning.flops import model_flops
+from balcap_mega.planning.generation import Generation
+from balcap_mega.planning.hardware import GIB, MFU_PEAK, Cluster
+from balcap_mega.planning.layout import Layout
+from balcap_mega.planning.memory import Memory, Moment, engine_weight_bytes, predict_memory
+from balcap_mega.planning.parameters import ParameterCounts
+from balcap_mega.planning.update import Passes
+from balcap_mega.planning.workload import Rows, Workload, pack_for
+
+PHASES = ("rollout", "swap", "rewards", "update", "refit")
+"""Of a step, as the trainer times them. "update" includes the vision tower and passes for old and reference logprobs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout, predicted.
+
+    seconds:                    by phase (`PHASES`)
+    update_seconds:             the update phase by part: vision, logprobs, train, optimizer
+    tokens_per_second_per_gpu:  prompt and response tokens, each response with its prompt, over the whole step
+    update_mfu:                 model FLOPs of the update (forward and backward, nothing recomputed, each prompt once)
+                                over the update phase and the GPU's dense bf16 peak
+    """
+
+    layout: Layout
+    data_size: int
+    rows: Rows
+    memory: Memory
+    seconds: Mapping[str, float]
+    update_seconds: Mapping[str, float]
+    tokens_per_second_per_gpu: float
+    update_mfu: float
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Predicts layouts of one run on one cluster.
+
+    text:               the language model's part of config.json, which `config.preflight` checks
+    captions_per_second: what the judge sustains; None for a judge that keeps up with generation
+    """
+
+    config: RunConfig
+    architecture: Architecture
+    text: Mapping[str, Any]
+    counts: ParameterCounts
+    cluster: Cluster
+    workload: Workload
+    captions_per_second: float | None = None
+    _known: dict[tuple, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        cluster: Cluster,
+        *,
+        image_tokens: int | None = None,
+        caption_tokens: float | None = None,
+        captions_per_second: float | None = None,
+    ) -> "Planner":
+        """Raises UserError where the model is neither on this machine nor one of the released ones."""
+        model_config = read_model_config(config)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
+            architecture = Architecture.from_folder(folder)
+        workload = Workload.of(config, architecture, image_tokens=image_tokens, caption_tokens=caption_tokens)
+        text = model_config.get("text_config", model_config)
+        counts = ParameterCounts(architecture)
+        return cls(config, architecture, text, counts, cluster, workload, captions_per_second)
+
+    def plan(self, layout: Layout) -> Plan:
+        """Predict one layout. Raises UserError where the run itself would refuse it, or where memory does not suffice."""
+        config, world = layout.apply(self.config), self.cluster.gpus
+        check_batch(config, world)
+        check_shape(dict(self.text), config.parallel, config.rollout)
+        self.architecture.check_layout(config.parallel)
+        rows = pack_for(config, self.architecture, self.workload, world)
+        memory = predict_memory(
+            config, self.architecture, self.counts, self.workload, rows, self.cluster.gpu
+        )
+        self._check_memory(memory, config)
+        update = self._once(lambda: self._update(config, rows), config.parallel, config.model, config.packing)
+        seconds = self._seconds(config, memory, rows, sum(update.values()))
+        step, data_size = sum(seconds.values()), rows.data_size
+        flops = self.workload.updates * model_flops(self.architecture, rows.total) * data_size / rows.imbalance
+        return Plan(
+            layout=layout,
+            data_size=data_size,
+            rows=rows,
+            memory=memory,
+            seconds=seconds,
+            update_seconds=update,
+            tokens_per_second_per_gpu=self.workload.tokens / step / world,
+            update_mfu=flops / seconds["update"] / world / MFU_PEAK,
+        )
+
+    def _update(self, config: RunConfig, rows: Rows) -> dict[str, float]:
+        """The update phase by part."""
+        parallel = config.parallel
+        compute = Compute(
+            self.architecture,
+            self.cluster,
+            parallel.tensor,
+            parallel.sequence,
+            config.model.recompute,
+            fp8=config.model.fp8 != "none",
+            image_tokens=self.workload.image_tokens,
+        )
+        stages = self.counts.stages(parallel.tensor, parallel.pipeline)
+        passes = Passes(
+            compute,
+            tuple(self.architecture.layers_per_stage(parallel.pipeline)),
+            rows.data_size,
+            parameters=max(stage.language for stage in stages),
+            speed=self.cluster.efficiency.rows,
+            distributed_optimizer=parallel.distributed_optimizer,
+        )
+        updates = self.workload.updates
+        parts = {name: updates * seconds for name, seconds in passes.update(rows).items()}
+        vision = updates * compute.vision(rows.total.images) / self.cluster.efficiency.rows
+        logprobs = updates * self.workload.forward_passes * passes.forward(rows)
+        return {"vision": vision, "logprobs": logprobs, **parts}
+
+    def _seconds(self, config: RunConfig, memory: Memory, rows: Rows, update: float) -> dict[str, float]:
+        cluster, engine_tensor = self.cluster, config.rollout.tensor_parallel
+        generation = Generation(
+            self.architecture, cluster, engine_tensor, 1 if config.rollout.fp8 else 2, memory.cache_tokens
+        )
+        rollout = self._once(
+            lambda: generation.seconds(self.workload, cluster.gpus // engine_tensor), config.rollout
+        )
+        judged = self.workload.captions / self.captions_per_second if self.captions_per_second else 0.0
+        # The optimizer's state goes and comes; the engine's weights do, as it falls asleep and wakes up.
+        host = memory.host / cluster.gpu.host
+        parallel, engine = config.parallel, engine_weight_bytes(config, self.architecture, self.counts)
+        stride = parallel.tensor * rows.data_size if parallel.pipeline > 1 else 1
+        transfer = engine / cluster.bandwidth(parallel.pipeline, stride)
+        return {
+            "rollout": rollout,
+            "swap": host,
+            "rewards": max(judged - rollout, 0.0),
+            "update": update,
+            "refit": host + transfer,
+        }
+
+    def _once(self, predict: Callable[[], Any], *key: Any) -> Any:
+        """What `predict` returns, computed once for each key: many layouts differ in a few of their keys alone."""
+        if key not in self._known:
+            self._known[key] = predict()
+        return self._known[key]
+
+    def _check_memory(self, memory: Memory, config: RunConfig) -> None:
+        limit = self.cluster.gpu.memory
+        if (moment := memory.fullest).total > limit:
+            raise UserError(
+                f"out of memory in {moment.name} by {(moment.total - limit) / GIB:.1f} GiB: {largest_parts(moment)}",
+                remedy="see the other layouts",
+            )
+        per_caption = self.workload.prefix_tokens + self.workload.max_tokens
+        if memory.cache_tokens < per_caption:
+            raise UserError(
+                f"the engine's cache would hold {max(memory.cache_tokens, 0):.0f} tokens, and one caption with its "
+                f"prompt takes {per_caption}",
+                remedy="raise rollout.memory_fraction or rollout.tensor_parallel",
+            )
+
+
+def largest_parts(moment: Moment, count: int = 3) -> str:
+    """The moment's largest parts, in GiB."""
+    parts = sorted(moment.parts.items(), key=lambda part: -part[1])[:count]
+    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+
+
+def read_model_config(config: RunConfig) -> dict[str, Any]:
+    """config.json of `model.path`; where that folder is not on this machine, the released model of that name."""
+    if config.model.path is None:
+        raise UserError("model.tiny is made for tests", remedy="plan a run whose config has model.path")
+    path = Path(config.model.path) / "config.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    name = Path(config.model.path).name.lower()
+    for released, sizes in RELEASED.items():
+        if name.startswith(released.lower()):
+            return sizes
+    raise UserError(
+        f"model.path={config.model.path} is not on this machine and is no released model",
+        remedy=f"give the folder, or a name that begins with one of: {', '.join(RELEASED)}",
+    )

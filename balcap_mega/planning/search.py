@@ -1,0 +1,87 @@
+"""Every layout of a run on a cluster, predicted: the best first, and of the others why they cannot be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from balcap_mega.errors import UserError
+from balcap_mega.planning.layout import Layout
+from balcap_mega.planning.plan import Plan, Planner
+
+ROW_TOKENS = (4096, 8192, 16384, 32768)
+MEMORY_FRACTIONS = (0.5, 0.6, 0.7, 0.8)
+TIE = 0.01
+"""Layouts whose steps take within this share of the best are as good: the simplest of them is chosen."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    layout: Layout
+    reason: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """plans: those that can be, fastest first; refusals: the rest, in the order tried."""
+
+    plans: tuple[Plan, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def best(self) -> Plan:
+        """The simplest of the plans that are as fast as the fastest: fewest cuts, then least recomputation, then the
+        smallest share of memory for the engine.
+
+        Raises UserError where no layout can be.
+        """
+        if not self.plans:
+            raise UserError("no layout of this run fits this cluster", remedy="give it more nodes (--nodes)")
+        limit = (1 + TIE) * self.plans[0].step_seconds
+        return min((plan for plan in self.plans if plan.step_seconds <= limit), key=_complexity)
+
+
+def search(planner: Planner, *, fp8: bool = False) -> Search:
+    """Predict all layouts; `fp8` also tries FP8 in training and rollouts, which otherwise stay as configured."""
+    plans, refusals = [], []
+    for layout in layouts(planner, fp8=fp8):
+        try:
+            plans.append(planner.plan(layout))
+        except UserError as error:
+            refusals.append(Refusal(layout, error.problem))
+    plans.sort(key=lambda plan: plan.step_seconds)
+    return Search(tuple(plans), tuple(refusals))
+
+
+def layouts(planner: Planner, *, fp8: bool) -> Iterator[Layout]:
+    """Tensor parallelism within a node, any number of pipeline stages that divides the nodes' GPUs."""
+    cluster, configured = planner.cluster, Layout.of(planner.config)
+    in_node = [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
+    stages = [size for size in range(1, cluster.gpus + 1) if cluster.gpus % size == 0]
+    precisions = [(configured.fp8, configured.engine_fp8)] + ([("hybrid", True)] if fp8 else [])
+    shortest_row = planner.config.rollout.max_model_len
+    for tensor, pipeline in product(in_node, stages):
+        if cluster.gpus % (tensor * pipeline):
+            continue
+        for sequence, recompute, row_tokens, engine_tensor, fraction, (precision, engine_fp8) in product(
+            (True, False) if tensor > 1 else (False,),
+            ("none", "selective", "full"),
+            [tokens for tokens in ROW_TOKENS if tokens >= shortest_row],
+            in_node,
+            MEMORY_FRACTIONS,
+            precisions,
+        ):
+            yield Layout(
+                tensor, pipeline, sequence, recompute, row_tokens, precision, engine_tensor, engine_fp8, fraction
+            )
+
+
+def _complexity(plan: Plan) -> tuple:
+    layout = plan.layout
+    return (
+        layout.tensor * layout.pipeline,
+        layout.pipeline,
+        ("none", "selective", "full").index(layout.recompute),
+        layout.engine_tensor,
+        layout.memory_fraction,
+        layout.row_tokens,
+    )
