@@ -77,9 +77,13 @@ class Planner:
         image_tokens: int | None = None,
         caption_tokens: float | None = None,
         captions_per_second: float | None = None,
+        model_config: dict[str, Any] | None = None,
     ) -> "Planner":
-        """Raises UserError where the model is neither on this machine nor one of the released ones."""
-        model_config = read_model_config(config)
+        """model_config: what config.json says, by default that of `model.path`
+
+        Raises UserError where the model is neither on this machine nor one of the released ones.
+        """
+        model_config = model_config or read_model_config(config)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
             architecture = Architecture.from_folder(folder)

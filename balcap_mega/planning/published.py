@@ -1,6 +1,7 @@
 """What others measured on H100s and published, and the planner's prediction of the same: how far it can be trusted.
 
-`Efficiency` was fitted to the rows marked so; the others were only ever compared.
+`Efficiency` was fitted by hand to the rows marked so; the others were only compared. What sources leave open is assumed
+alike for all of their rows: one sequence a microbatch and plain 1F1B in Megatron-LM's table.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,13 @@ from balcap_mega.planning.hardware import CUDNN_ATTENTION, GIB, H100, Cluster, E
 from balcap_mega.planning.update import Passes
 from balcap_mega.planning.workload import Rows, Work, Workload, pack
 
-MEGATRON = "Megatron-LM README, table of weak scaling (July 2024)"
+MEGATRON = "Megatron-LM README, July 2024, images/model_table.png"
 BRIDGE = "Megatron-Bridge performance summary, 25.11, DGX-H100"
 NEMO_RL = "NeMo-RL performance summary, DGX-H100"
-NEMO_RL_BLOG = "NeMo-RL blog of v0.3, repeated in NeMo-RL issue 959"
+NEMO_RL_PHASES = "NeMo-RL v0.3 blog, as quoted in NeMo-RL issue 959"
+
+UNFUSED_LOGIT_BYTES = 50
+"""Moved for each logit by Megatron's cross-entropy on float32 logits, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ def _reported_flops(model: Architecture, sequences: int, length: int) -> float:
 
 def _passes(model: Architecture, cluster: Cluster, tensor: int, pipeline: int, data: int, **options) -> Passes:
     """Data-parallel reductions hidden, weight gradients fused, as NVIDIA's recipes have it."""
-    compute_options = {name: options.pop(name) for name in ("recompute", "fp8", "hides_tensor", "logit_bytes") if name in options}
-    compute = Compute(model, cluster, tensor, sequence=tensor > 1, **compute_options)
+    for_compute = {name: options.pop(name) for name in ("recompute", "fp8", "hides_tensor") if name in options}
+    compute = Compute(
+        model, cluster, tensor, sequence=tensor > 1, logit_bytes=UNFUSED_LOGIT_BYTES, **for_compute
+    )
     layers = tuple(model.num_layers // pipeline for _ in range(pipeline))
     parameters = (sum(layers) * layer_weights(model) / pipeline + head_weights(model)) / tensor
     return Passes(compute, layers, data, parameters, fused_gradients=True, hides_data=True, **options)
@@ -114,7 +120,6 @@ class RlRun:
     recompute: str = "none"
     fp8: bool = False
     apart: bool = False  # one step off policy: half of the GPUs generate while the other half trains
-    overhead: float = 0.0
 
     def phases(self, efficiency: Efficiency) -> dict[str, float]:
         gpus = self.gpus // 2 if self.apart else self.gpus
@@ -126,7 +131,7 @@ class RlRun:
         data = gpus // (self.tensor * self.pipeline)
         passes = _passes(
             self.model, cluster, self.tensor, self.pipeline, data, recompute=self.recompute, fp8=self.fp8,
-            speed=efficiency.rows, logit_bytes=50,
+            speed=efficiency.rows,
         )
         rows = pack(workload, (4096, self.tensor, data, self.model.hidden_size))
         weight_bytes = 1 if self.fp8 else 2
@@ -152,3 +157,64 @@ class RlRun:
 
 def _elements(model: Architecture) -> float:
     return model.num_layers * layer_weights(model) + 2 * head_weights(model)
+
+
+def _megatron(heads: int, hidden: int, layers: int, tensor: int, pipeline: int, batch: int, value: float, fitted=False):
+    model = text_model(layers, hidden, round(8 * hidden / 3), heads, heads, 131072)
+    predict = pretraining(model, tensor, pipeline, 48, batch, 4096, hides_tensor=True)
+    return Published(MEGATRON, f"{layers} layers x {hidden}, TP{tensor} PP{pipeline} DP48", value, TFLOPS, predict, fitted)
+
+
+def _bridge(name: str, model: Architecture, tensor, pipeline, data, batch, chunks, value: float, fitted=False):
+    predict = pretraining(model, tensor, pipeline, data, batch, 8192, fp8=True, hides_tensor=True, chunks=chunks)
+    return Published(BRIDGE, f"{name}, FP8, TP{tensor} PP{pipeline} DP{data}", value, TFLOPS, predict, fitted)
+
+
+def _whole_step(name: str, run: RlRun, value: float) -> Published:
+    return Published(NEMO_RL, f"{name}, {run.gpus} GPUs", value, "tokens/s/GPU", run.tokens_per_gpu)
+
+
+def _phase(name: str, run: RlRun, phase: str, value: float, fitted=False) -> Published:
+    def predict(efficiency: Efficiency) -> float:
+        return run.phases(efficiency)[phase]
+
+    return Published(NEMO_RL_PHASES, f"{name}, {run.gpus} GPUs: {phase}", value, "s", predict, fitted)
+
+
+TFLOPS = "TFLOP/s/GPU"
+# Prompt lengths follow from each row's tokens a second, step time and mean response.
+_BLOG_8B = RlRun(LLAMA_8B, gpus=8, response=795, prompt=127, tensor=1, pipeline=1, engine_tensor=1)
+_BLOG_70B = RlRun(LLAMA_70B, gpus=64, response=398, prompt=127, tensor=4, pipeline=4, engine_tensor=4)
+_RL_8B = RlRun(LLAMA_8B, 16, 1019, 127, tensor=1, pipeline=2, engine_tensor=1, recompute="full")
+_RL_8B_APART = replace(_RL_8B, response=1123, pipeline=1, apart=True)
+_RL_32B = RlRun(QWEN3_32B, 32, 3251, 103, tensor=4, pipeline=4, engine_tensor=4)
+
+ROWS = (
+    _megatron(16, 2048, 24, 1, 1, 192, 408.8),
+    _megatron(32, 4096, 30, 2, 1, 192, 465.9),
+    _megatron(48, 6144, 32, 4, 1, 192, 489.1, fitted=True),
+    _megatron(56, 7168, 48, 8, 1, 192, 459.6),
+    _megatron(64, 8192, 84, 8, 2, 384, 419.7),
+    _megatron(80, 10240, 92, 8, 4, 768, 420.5),
+    _megatron(96, 12288, 96, 8, 6, 1152, 432.8, fitted=True),
+    _megatron(128, 16384, 96, 8, 8, 1536, 474.4),
+    _megatron(144, 18432, 112, 8, 16, 3072, 459.9),
+    _bridge("Llama 3 8B", LLAMA_8B, 1, 1, 8, 128, 1, 744, fitted=True),
+    _bridge("Llama 3 70B", LLAMA_70B, 4, 8, 2, 128, 5, 719),
+    _phase("Llama 3.1 8B", _BLOG_8B, "generation", 58, fitted=True),
+    _phase("Llama 3.1 8B", _BLOG_8B, "logprobs", 18, fitted=True),
+    _phase("Llama 3.1 8B", _BLOG_8B, "training", 28, fitted=True),
+    _phase("Llama 3.1 70B", _BLOG_70B, "generation", 84, fitted=True),
+    _phase("Llama 3.1 70B", _BLOG_70B, "logprobs", 18),
+    _phase("Llama 3.1 70B", _BLOG_70B, "training", 28),
+    _whole_step("Llama 3.1 8B, v0.5", _RL_8B, 1581),
+    _whole_step("Llama 3.1 8B, v0.4", replace(_RL_8B, response=1060, prompt=132), 1562),
+    _whole_step("Llama 3.1 8B one step off policy, v0.5", _RL_8B_APART, 2478),
+    _whole_step("Llama 3.1 8B one step off policy, FP8, v0.5", replace(_RL_8B_APART, response=1128, fp8=True), 3052),
+    _whole_step("Llama 3.1 8B one step off policy, v0.4", replace(_RL_8B_APART, response=1129, pipeline=2), 2161),
+    _whole_step("Qwen3 32B, v0.5", _RL_32B, 571),
+    _whole_step("Qwen3 32B, v0.4", replace(_RL_32B, response=3206), 540),
+    _whole_step("Qwen3 32B one step off policy, v0.5", replace(_RL_32B, gpus=64, response=3252, apart=True), 538),
+    _whole_step("Qwen3 32B one step off policy, v0.4", replace(_RL_32B, gpus=64, response=3207, apart=True), 494),
+)
+"""Every dense row on H100s of these tables, but for Llama 3.1 405B, whose context parallelism the planner does not know."""

@@ -1,0 +1,134 @@
+"""Rows of `benchmarks/throughput.py` against their predictions, and predictions that start from them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.errors import UserError
+from balcap_mega.models.released import RELEASED
+from balcap_mega.planning.hardware import GIB, Cluster, Efficiency
+from balcap_mega.planning.layout import Layout
+from balcap_mega.planning.plan import Plan, Planner
+from balcap_mega.planning.workload import Workload
+
+ASSUMPTIONS = (
+    "a rank is as fast beside others as alone: only collectives, pipeline bubbles and uneven rows are added",
+    "shares of the hardware's rates do not depend on width, depth or tensor-parallel size beyond what GEMM traffic says",
+    "collectives reach the assumed share of NVLink and of one 400 Gb/s adapter a GPU, on an otherwise idle network",
+    "captions are exponentially long, and in every engine one runs to rollout.max_tokens",
+    "the judge keeps up with generation unless told otherwise, and image decoding hides behind it",
+    "memory of CUDA, NCCL and the engine's workspace is as assumed in planning/memory.py",
+)
+"""What an extrapolation to a cluster rests on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measured number beside its prediction."""
+
+    name: str
+    unit: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """One row of the benchmark's JSON, and its prediction under `Efficiency()`'s constants."""
+
+    row: Mapping[str, Any]
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        row = self.row
+        return f"{row['model']}, {row['layers']} layers, {row['world_size']} x {row['device']}"
+
+    def comparisons(self) -> list[Comparison]:
+        """Memory by part and, where the benchmark ran on a GPU, of the device by phase; seconds by phase."""
+        memory, seconds = self.row["memory_gib"], self.row["seconds"]
+        update, found = self.plan.memory.peak("update"), []
+        for part in ("weights", "gradients", "optimizer"):
+            if memory.get(part):
+                found.append(Comparison(f"memory, {part}", "GiB", memory[part], update.parts[part] / GIB))
+        for phase in ("rollout", "update"):
+            if memory.get(f"{phase}_used"):
+                predicted = self.plan.memory.peak(phase).total / GIB
+                found.append(Comparison(f"memory, {phase}", "GiB", memory[f"{phase}_used"], predicted))
+        for phase in ("rollout", "update", "swap", "refit"):
+            found.append(Comparison(phase, "s", seconds[phase], self.plan.seconds[phase]))
+        return found
+
+    def efficiency(self) -> Efficiency:
+        """The constants that would have predicted this row's rollout and update."""
+        assumed, seconds = Efficiency(), self.row["seconds"]
+        slower = {phase: seconds[phase] / self.plan.seconds[phase] for phase in ("rollout", "update")}
+        return replace(
+            assumed,
+            rows=assumed.rows / slower["update"],
+            decode=assumed.decode / slower["rollout"],
+            engine_step=assumed.engine_step * slower["rollout"],
+        )
+
+
+def read_rows(path: Path) -> list[MeasuredRow]:
+    """The file's rows. Raises UserError where it is not what the benchmark writes."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [MeasuredRow(row, _predict(row)) for row in rows]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", remedy="give a file of --json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} holds no rows of benchmarks/throughput.py ({type(error).__name__}: {error})",
+            remedy="write it with benchmarks/throughput.py --json",
+        ) from None
+
+
+def _predict(row: Mapping[str, Any]) -> Plan:
+    sizes, layout, precision = row["sizes"], row["layout"], row["precision"]
+    caption, prompt = sizes["caption_tokens"], sizes["prompt_tokens"]
+    config = RunConfig(
+        output_dir="unused",
+        model={"path": row["model"], **{key: precision[key] for key in ("dtype", "fp8", "fp8_recipe", "recompute")}},
+        parallel={key: layout[key] for key in ("tensor", "pipeline", "sequence", "distributed_optimizer")},
+        data={"train_size": sizes["prompts"]},
+        rollout={
+            "prompts_per_step": sizes["prompts"],
+            "group_size": sizes["group_size"],
+            "max_tokens": caption,
+            "max_model_len": prompt + caption,
+            "tensor_parallel": layout["engine_tensor"],
+            "fp8": precision["rollout_fp8"],
+            "memory_fraction": layout.get("memory_fraction", 0.5),
+        },
+        packing={"row_tokens": sizes["row_tokens"]},
+    )
+    cluster = Cluster(nodes=1, gpus_per_node=row["world_size"])
+    planner = Planner.of(config, cluster, model_config=_released(row["model"], row["layers"]))
+    workload = replace(
+        Workload.of(config, planner.architecture, image_tokens=sizes["image_tokens"], caption_tokens=caption),
+        prefix_tokens=prompt,
+        caption_tokens=caption,  # all of them run to the limit
+    )
+    return replace(planner, workload=workload).plan(Layout.of(config))
+
+
+def _released(model: str, layers: int) -> dict[str, Any]:
+    """The released model that the benchmark calls `model` (qwen2_5_vl_3b), with that many decoder layers."""
+
+    def plain(name: str) -> str:
+        return "".join(filter(str.isalnum, name.lower()))
+
+    for name, config in RELEASED.items():
+        if plain(name) == plain(model):
+            text = config.get("text_config", config) | {"num_hidden_layers": layers}
+            return config | {"text_config": text} if "text_config" in config else text
+    raise ValueError(f"{model} is no released model")
