@@ -1,7 +1,7 @@
 """Every layout of a run on a cluster, predicted: the best first, and of the others why they cannot be."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from balcap_mega.errors import UserError
@@ -10,6 +10,9 @@ from balcap_mega.planning.plan import Plan, Planner
 
 ROW_TOKENS = (4096, 8192, 16384, 32768)
 MEMORY_FRACTIONS = (0.5, 0.6, 0.7, 0.8)
+HEADROOM = 0.05
+"""Share of a GPU's memory that the chosen layout leaves free, if any does: a prediction is not a measurement."""
+
 TIE = 0.01
 """Layouts whose steps take within this share of the best are as good: the simplest of them is chosen."""
 
@@ -22,38 +25,56 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Search:
-    """plans: those that can be, fastest first; refusals: the rest, in the order tried."""
+    """plans: those that can be, fastest first; refusals: the rest, in the order tried; memory: bytes of one GPU."""
 
     plans: tuple[Plan, ...]
     refusals: tuple[Refusal, ...]
+    memory: float
 
     @property
     def best(self) -> Plan:
-        """The simplest of the plans that are as fast as the fastest: fewest cuts, then least recomputation, then the
-        smallest share of memory for the engine.
+        """The simplest of the plans that are as fast as the fastest of those with headroom: fewest cuts, then least
+        recomputation, then the smallest share of memory for the engine.
 
         Raises UserError where no layout can be.
         """
         if not self.plans:
             raise UserError("no layout of this run fits this cluster", remedy="give it more nodes (--nodes)")
-        limit = (1 + TIE) * self.plans[0].step_seconds
-        return min((plan for plan in self.plans if plan.step_seconds <= limit), key=_complexity)
+        roomy = [plan for plan in self.plans if plan.memory.fullest.total <= (1 - HEADROOM) * self.memory]
+        candidates = roomy or self.plans
+        limit = (1 + TIE) * candidates[0].step_seconds
+        return min((plan for plan in candidates if plan.step_seconds <= limit), key=_complexity)
 
 
 def search(planner: Planner, *, fp8: bool = False) -> Search:
     """Predict all layouts; `fp8` also tries FP8 in training and rollouts, which otherwise stay as configured."""
     plans, refusals = [], []
     for layout in layouts(planner, fp8=fp8):
-        try:
-            plans.append(planner.plan(layout))
-        except UserError as error:
-            refusals.append(Refusal(layout, error.problem))
+        found = _smallest_engine(planner, layout)
+        (plans if isinstance(found, Plan) else refusals).append(found)
     plans.sort(key=lambda plan: plan.step_seconds)
-    return Search(tuple(plans), tuple(refusals))
+    return Search(tuple(plans), tuple(refusals), planner.cluster.gpu.memory)
+
+
+def _smallest_engine(planner: Planner, layout: Layout) -> Plan | Refusal:
+    """That layout with as little memory for the engine as makes it as fast as it can be."""
+    found: Plan | Refusal | None = None
+    for fraction in MEMORY_FRACTIONS:
+        layout = replace(layout, memory_fraction=fraction)
+        try:
+            plan = planner.plan(layout)
+        except UserError as error:
+            found = found or Refusal(layout, error.problem)
+            continue
+        if isinstance(found, Plan) and found.step_seconds <= plan.step_seconds:
+            break
+        found = plan
+    return found
 
 
 def layouts(planner: Planner, *, fp8: bool) -> Iterator[Layout]:
-    """Tensor parallelism within a node, any number of pipeline stages that divides the nodes' GPUs."""
+    """Tensor parallelism within a node, any number of pipeline stages that divides the nodes' GPUs; each with the
+    smallest engine."""
     cluster, configured = planner.cluster, Layout.of(planner.config)
     in_node = [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
     stages = [size for size in range(1, cluster.gpus + 1) if cluster.gpus % size == 0]
@@ -62,17 +83,17 @@ def layouts(planner: Planner, *, fp8: bool) -> Iterator[Layout]:
     for tensor, pipeline in product(in_node, stages):
         if cluster.gpus % (tensor * pipeline):
             continue
-        for sequence, recompute, row_tokens, engine_tensor, fraction, (precision, engine_fp8) in product(
+        for sequence, recompute, row_tokens, engine_tensor, (precision, engine_fp8) in product(
             (True, False) if tensor > 1 else (False,),
             ("none", "selective", "full"),
             [tokens for tokens in ROW_TOKENS if tokens >= shortest_row],
             in_node,
-            MEMORY_FRACTIONS,
             precisions,
         ):
             yield Layout(
-                tensor, pipeline, sequence, recompute, row_tokens, precision, engine_tensor, engine_fp8, fraction
-            )
+                tensor, pipeline, sequence, recompute, row_tokens, precision, engine_tensor, engine_fp8,
+                memory_fraction=MEMORY_FRACTIONS[0],
+            )  # fmt: skip
 
 
 def _complexity(plan: Plan) -> tuple:
