@@ -30,10 +30,15 @@ def exit_on_user_error() -> Iterator[None]:
             time.sleep(RANK_0_SPEAKS_FIRST)
         message = f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}"
         print(message, file=sys.stderr, flush=True)
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own account with what stands here
-            content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-            Path(file).write_text(json.dumps(content), encoding="utf-8")
+        tell_launcher(message)
         sys.exit(2)
+
+
+def tell_launcher(message: str) -> None:
+    """Why this process ends, for torchrun, which closes its own account with it."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
 def quiet_libraries() -> None:

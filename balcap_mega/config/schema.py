@@ -51,6 +51,8 @@ class ParallelConfig(Section):
 
     offload: engine and learner take turns in the device's memory. The engine sleeps while the learner trains; gradients
         and the optimizer's state leave the device while the engine generates. `auto`: on GPUs.
+    A run ends when no rank has finished anything for `timeout_seconds`, or one gave no sign of life for
+    `silence_seconds`. The default is below the 600 s after which PyTorch aborts collectives of groups that others made.
     """
 
     tensor: Positive = 1
@@ -59,7 +61,8 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = True
     offload: Literal["auto"] | bool = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_seconds: Positive = 600
+    timeout_seconds: Positive = 540
+    silence_seconds: Annotated[int, Field(ge=5)] = 60
 
     @model_validator(mode="after")
     def sequence_needs_tensor(self):

@@ -52,14 +52,17 @@ def check_world(config: ParallelConfig, world: int) -> None:
         )
 
 
-def initialize_parallel(config: ParallelConfig, platform: Platform, seed: int = 0) -> ModelLayout:
+def initialize_parallel(
+    config: ParallelConfig, platform: Platform, seed: int = 0, *, timeout_seconds: float | None = None
+) -> ModelLayout:
     """Start torch.distributed (unless it runs already), Megatron's groups and its random generators.
 
-    `config.timeout_seconds` bounds every collective, so that a dead rank ends the run instead of hanging it.
+    `timeout_seconds` (`config.timeout_seconds` unless given) bounds every collective.
     Raises UserError when the world does not fit the layout, before any process waits for another.
     """
     check_world(config, world_size())
-    timeout = timedelta(seconds=config.timeout_seconds)
+    timeout_seconds = timeout_seconds or config.timeout_seconds
+    timeout = timedelta(seconds=timeout_seconds)
     if not torch.distributed.is_initialized():
         if "RANK" in os.environ:
             torch.distributed.init_process_group(platform.backend, timeout=timeout)
@@ -70,7 +73,7 @@ def initialize_parallel(config: ParallelConfig, platform: Platform, seed: int = 
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
-            distributed_timeout_minutes=config.timeout_seconds / 60,
+            distributed_timeout_minutes=timeout_seconds / 60,
         )
         model_parallel_cuda_manual_seed(seed)
     return current_layout()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from balcap_mega.config.schema import RewardConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
+from balcap_mega.parallel.progress import progress
 from balcap_mega.rewards.collect import CaptionScore
 from balcap_mega.rewards.judge import Judge, Judgement
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
@@ -51,6 +52,7 @@ class Judging:
 
     def submit(self, record_index: int, number: int, rollout: Rollout) -> None:
         """Send one finished caption to the judge; returns at once."""
+        progress.mark()
         if self.judge is not None:
             self._futures[record_index, number] = self.judge.submit(self.records[record_index], rollout.text)
 
@@ -68,6 +70,7 @@ class Judging:
 
     def _judged(self, record_index: int, number: int, rollout: Rollout) -> JudgedCaption:
         judgement = self._wait(record_index, number)
+        progress.mark()
         score = CaptionScore(
             **judgement.components(),
             length=self.length(rollout.text),

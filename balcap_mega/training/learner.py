@@ -21,6 +21,7 @@ from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.offload import OptimizerOffload, takes_turns
 from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.progress import progress
 from balcap_mega.parallel.schedule import run_schedule
 from balcap_mega.training.microbatch import Microbatch
 
@@ -134,6 +135,7 @@ class Learner:
         """The schedule's forward step: `objective(hidden, head weight, microbatch)` on the last stage."""
 
         def forward(model: nn.Module, microbatch: Microbatch) -> Tensor:
+            progress.mark()
             row, device = microbatch.row, self.platform.device
             return model(
                 row.tokens[None].to(device),

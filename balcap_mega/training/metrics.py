@@ -16,6 +16,8 @@ from typing_extensions import TypedDict
 
 from balcap_mega.errors import UserError
 
+from balcap_mega.parallel.progress import progress
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -34,6 +36,7 @@ _ROW = TypeAdapter(Row)
 class PhaseTimer:
     """`with phase("rollout"): ...` adds the block's wall time to `phase.seconds["rollout"]`, also if it raises.
 
+    Inside, the process's `progress` is in that phase of `step`.
     On a CUDA `device` it also fills `phase.memory`, in GiB, with the largest seen of
         rollout_used:       of the whole device as the phase ends. PyTorch keeps what it has freed, so this is the
                             phase's peak, unless it returned memory to the driver
@@ -41,7 +44,8 @@ class PhaseTimer:
         rollout_reserved:   PyTorch's peak with what it keeps
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, step: int | None = None) -> None:
+        self.step = step
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, float] = {}
         self._device = device if device is not None and device.type == "cuda" else None
@@ -52,7 +56,8 @@ class PhaseTimer:
             torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
         try:
-            yield
+            with progress.phase(name, self.step):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             if self._device is not None:

@@ -33,6 +33,7 @@ from balcap_mega.training.metrics import MetricsLogger, PhaseTimer
 from balcap_mega.training.report import write_report
 from balcap_mega.training.signals import Stopped, StopRequest, end_with_launcher
 from balcap_mega.training.trainer import Trainer
+from balcap_mega.training.watchdog import Watchdog, collective_timeout, stuck_seconds
 
 
 def run(config: RunConfig) -> None:
@@ -44,10 +45,11 @@ def run(config: RunConfig) -> None:
     end_with_launcher()
     stop = StopRequest(config.checkpoint.grace_seconds)
     platform = Platform.resolve(config.parallel.device)
-    layout = initialize_parallel(config.parallel, platform, config.seed)
+    layout = initialize_parallel(config.parallel, platform, config.seed, timeout_seconds=collective_timeout(config))
+    watchdog = Watchdog(stuck_seconds=stuck_seconds(config), silence_seconds=config.parallel.silence_seconds)
     leads = torch.distributed.get_rank() == 0
     folder = RunFolder(Path(config.output_dir))
-    with full_disk_is_named(folder.root), folder.held() if leads else nullcontext():
+    with watchdog, full_disk_is_named(folder.root), folder.held() if leads else nullcontext():
         if leads and not resuming:
             write_text(folder.config, dump_config(config))
         torch.distributed.barrier()

@@ -9,6 +9,7 @@ from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.sampler import PromptSampler
 from balcap_mega.parallel.agreement import from_first_rank
+from balcap_mega.parallel.progress import progress
 from balcap_mega.rewards.collect import build_reward_batch
 from balcap_mega.rewards.judge import Judge
 from balcap_mega.rewards.missing import refuse_missing
@@ -48,7 +49,7 @@ class Trainer:
 
         Raises Stopped or TooManyMissing, both before the update: the weights are still those of `number` steps.
         """
-        phase = PhaseTimer(self.learner.platform.device)
+        phase = PhaseTimer(self.learner.platform.device, number)
         with phase("data"):
             prompts = Prompts(self.dataset, self.sampler.indices(number))
             judge = self.judge if self.replica.leads else None
@@ -96,7 +97,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Begin a checkpoint after `step` steps. Prompts, seeds and batches follow from the step number alone."""
-        with self._learners_turn():
+        with progress.phase("checkpoint", step - 1), self._learners_turn():
             self.checkpoints.start(step, self.learner.model, self.learner.optimizer, {"step": step})
 
     def resume(self) -> int:

@@ -1,0 +1,282 @@
+"""Ends a run that stands still: every rank prints its stacks, then one line says which rank is where, and since when.
+
+On each rank a thread tells the others, through the job's rendezvous store, where the rank is (`parallel.progress`). It
+needs neither collectives nor the main thread, which may sit in native code for ever. The run ends when
+
+- a rank is silent: its heartbeat stopped because it died, was stopped, or lost its machine. Each rank listens to the
+  next one only, so that a beat costs the same in a job of any size;
+- the run is stuck: no rank has finished anything. One that waits for a slow one is not stuck, as the slow one gets on.
+
+The collectives' own timeout is longer (`collective_timeout`): NCCL's, which ends in an abort that names nobody, is for
+the case that this thread is gone too.
+"""
+
+import faulthandler
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import groupby
+
+import torch
+
+from balcap_mega.cli import tell_launcher
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.errors import UserError
+from balcap_mega.parallel.progress import progress
+from balcap_mega.training.judging import patience
+
+LONGEST_INTERVAL = 5.0  # seconds between heartbeats
+BEATS = 12  # at least, within `parallel.silence_seconds`
+JUDGE_MARGIN = 30.0  # seconds by which a judge that never answers is named before the run counts as stuck
+
+
+class Stalled(UserError):
+    """This rank waited for something that did not come: another rank, or its own engine."""
+
+
+def stuck_seconds(config: RunConfig) -> float:
+    """How long a run may stand still: `parallel.timeout_seconds`, or as long as a judge's endpoint may keep it waiting."""
+    judging = patience(config.rewards) + JUDGE_MARGIN if config.rewards.judge == "mllm" else 0.0
+    return max(config.parallel.timeout_seconds, judging)
+
+
+def collective_timeout(config: RunConfig) -> float:
+    """Seconds a collective may take, for the slowest rank too."""
+    return 2 * stuck_seconds(config)
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank tells of itself: its `Position`, and for how many seconds it has been there.
+
+    ended: None while it runs, "" once it is done, else the error it ended with
+    """
+
+    number: int
+    phase: str
+    step: int | None
+    position: int
+    seconds: float
+    ended: str | None = None
+
+    @property
+    def place(self) -> str:
+        return self.phase if self.step is None else f"{self.phase} of step {self.step + 1}"
+
+
+class Watchdog:
+    """Watches from `__enter__` to `__exit__`, after torch.distributed has been set up, on every rank alike.
+
+    An exception that leaves the block because another rank is gone, or because a wait of our own came to its end,
+    becomes a `Stalled` that says where this rank was and where the others are; any other gets a note of the place.
+
+    stuck_seconds:   without anything finished on any rank
+    silence_seconds: without a heartbeat of a rank
+    """
+
+    def __init__(self, *, stuck_seconds: float, silence_seconds: float):
+        self.stuck_seconds, self.silence_seconds = stuck_seconds, silence_seconds
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.interval = min(LONGEST_INTERVAL, silence_seconds / BEATS)
+        # A connection of its own: a wait on the job's would hold this one up.
+        self._store = torch.distributed.PrefixStore(
+            "watchdog", torch.distributed.distributed_c10d._get_default_store().clone()
+        )
+        self._store.set_timeout(timedelta(seconds=silence_seconds))
+        self._number = 0
+        self._neighbour = (self.rank + 1) % self.world
+        self._last_beat = self._answered = time.monotonic()
+        self._seen: dict[str, tuple[bytes, float]] = {}  # by key, its value and since when it has been the same
+        self._marks = -1
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if not faulthandler.is_enabled():
+            faulthandler.enable(sys.__stderr__)  # what aborts in native code shows its stacks too
+        self._tell()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        stalled = None if error is None else self._stalled(error)
+        self._leaving.set()
+        self._thread.join(timeout=self.interval)
+        faulthandler.cancel_dump_traceback_later()
+        try:
+            self._tell(ended="" if error is None else f"{type(error).__name__}: {_first_line(error)}")
+        except RuntimeError:
+            pass  # the store has gone with its launcher
+        if stalled is not None:
+            raise stalled from error
+        if error is not None:
+            error.add_note(f"rank {self.rank} was in {self._heartbeat().place}")
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(self.interval):
+            # Should this thread not come back, then because native code keeps Python from running: show where.
+            faulthandler.dump_traceback_later(self.silence_seconds, file=sys.__stderr__)
+            now = time.monotonic()
+            if now - self._last_beat > self.silence_seconds / 2:  # this process was stopped itself, and heard nobody
+                self._seen.clear()
+            self._last_beat = now
+            try:
+                self._beat()
+                self._answered = now
+            except RuntimeError as error:
+                if now - self._answered > self.silence_seconds:
+                    self._end(f"the job's rendezvous store is gone, with its launcher or machine: {_first_line(error)}")
+
+    def _beat(self) -> None:
+        self._tell()
+        if self._store.check(["verdict"]):
+            self._end(self._store.get("verdict").decode())
+        if self._unchanged_for("moved") > self.stuck_seconds:
+            self._declare(
+                f"no rank has finished anything for {self.stuck_seconds:g} s: {account(self._heartbeats())} — the "
+                "first one holds the others up, its stacks show where; were it only slow, raise parallel.timeout_seconds"
+            )
+        while self._neighbour != self.rank and self._is_done(self._neighbour):
+            self._neighbour = (self._neighbour + 1) % self.world
+        if self._neighbour != self.rank and self._unchanged_for(str(self._neighbour)) > self.silence_seconds:
+            beats = self._heartbeats()
+            silent = beats.pop(self._neighbour, None)
+            last = "it never was" if silent is None else _last(silent)
+            self._declare(
+                f"rank {self._neighbour} has not been heard of for {self.silence_seconds:g} s, {last}; "
+                f"{account(beats)} — look at that rank's log and machine; the same command goes on from the last "
+                "checkpoint"
+            )
+
+    def _heartbeat(self, ended: str | None = None) -> Heartbeat:
+        position = progress.position
+        seconds = time.monotonic() - position.since
+        return Heartbeat(self._number, position.phase, position.step, position.number, seconds, ended)
+
+    def _tell(self, ended: str | None = None) -> None:
+        self._number += 1
+        self._store.set(str(self.rank), json.dumps(asdict(self._heartbeat(ended))))
+        if self._marks != progress.marks:
+            self._marks = progress.marks
+            self._store.set("moved", f"{self.rank} {self._marks}")
+
+    def _unchanged_for(self, key: str) -> float:
+        """Seconds since this rank saw the key's value change."""
+        value = self._store.get(key) if self._store.check([key]) else b""
+        now = time.monotonic()
+        if key not in self._seen or self._seen[key][0] != value:
+            self._seen[key] = value, now
+        return now - self._seen[key][1]
+
+    def _heartbeats(self) -> dict[int, Heartbeat]:
+        """The last one of every rank that ever had one."""
+        ranks = [rank for rank in range(self.world) if self._store.check([str(rank)])]
+        return {rank: Heartbeat(**json.loads(self._store.get(str(rank)))) for rank in ranks}
+
+    def _is_done(self, rank: int) -> bool:
+        return self._store.check([str(rank)]) and json.loads(self._store.get(str(rank)))["ended"] == ""
+
+    def _declare(self, verdict: str) -> None:
+        """End the run with `verdict`, or with that of a rank that came first."""
+        agreed = self._store.compare_set("verdict", "", verdict).decode()
+        self._end(agreed, speaks=agreed == verdict)
+
+    def _end(self, verdict: str, speaks: bool = False) -> None:
+        """Print this process's stacks, wait until the other ranks have too, and leave without asking anyone."""
+        faulthandler.cancel_dump_traceback_later()
+        print(f"rank {self.rank} in {self._heartbeat().place}:\n{_stacks()}", file=sys.stderr, flush=True)
+        time.sleep(3 * self.interval)
+        message = f"error: {verdict}"
+        if speaks:
+            print(message, file=sys.stderr, flush=True)
+        tell_launcher(message)
+        os._exit(1)
+
+    def _stalled(self, error: BaseException) -> Stalled | None:
+        """`error` as the end of a wait, with where everyone is; None where it is something else."""
+        if isinstance(error, UserError):
+            return None
+        for cause in _causes(error):
+            if isinstance(cause, torch.distributed.DistError) or "gloo/transport" in str(cause):
+                return Stalled(
+                    f"rank {self.rank} lost contact in {self._heartbeat().place}: {_first_line(cause)}; "
+                    f"{self._whereabouts()}",
+                    remedy="look at the log of the rank that is gone; the same command goes on from the last checkpoint",
+                )
+            if isinstance(cause, TimeoutError):
+                return Stalled(
+                    f"rank {self.rank} gave up in {self._heartbeat().place}: {_first_line(error)}",
+                    remedy="look at its stacks and machine, or raise the timeout; the same command goes on from the last "
+                    "checkpoint",
+                )
+        return None
+
+    def _whereabouts(self) -> str:
+        """Which of the other ranks are gone, having missed two beats, and where the others are."""
+        try:
+            before = self._heartbeats()
+            time.sleep(2.5 * self.interval)
+            beats = {rank: beat for rank, beat in self._heartbeats().items() if rank != self.rank}
+        except RuntimeError:
+            return "the rendezvous store is gone too"
+        gone = {rank: beat for rank, beat in beats.items() if beat.number == before[rank].number}
+        there = {rank: beat for rank, beat in beats.items() if rank not in gone}
+        parts = [f"rank {rank} is gone, {_last(beat)}" for rank, beat in gone.items()]
+        return "; ".join([*parts, account(there)] if there else parts) or "no other rank was ever there"
+
+
+def account(beats: Mapping[int, Heartbeat]) -> str:
+    """Who is where and for how long, the furthest behind first; ranks in one place together."""
+
+    def place(rank: int) -> tuple[int, str]:
+        return beats[rank].position, beats[rank].place
+
+    parts = []
+    for (_, name), group in groupby(sorted(beats, key=lambda rank: (place(rank), rank)), key=place):
+        ranks = list(group)
+        parts.append(f"{name_ranks(ranks)} in {name} for {max(beats[rank].seconds for rank in ranks):.0f} s")
+    return "; ".join(parts)
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """`rank 3`, or `ranks 0-2, 5`; `ranks` ascend."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"ranks {text}" if len(runs) > 1 or len(runs[0]) > 1 else f"rank {text}"
+
+
+def _last(beat: Heartbeat) -> str:
+    """Where a rank was last, in the middle of a sentence about it."""
+    return f"last in {beat.place}" + (f", where it ended with {beat.ended}" if beat.ended else "")
+
+
+def _causes(error: BaseException | None) -> Iterable[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without the source line that gloo puts in front."""
+    lines = re.sub(r"^\[[^]]*\.(cc|cpp|h):\d+\] ", "", str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _stacks() -> str:
+    """All threads' Python stacks, in one piece: ranks that print at the same time do not mix their lines."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read()
