@@ -29,6 +29,8 @@ def exit_on_user_error() -> Iterator[None]:
         if rank:
             time.sleep(RANK_0_SPEAKS_FIRST)
         message = f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}"
+        if notes := getattr(error, "__notes__", ()):
+            message += f" ({'; '.join(notes)})"
         print(message, file=sys.stderr, flush=True)
         tell_launcher(message)
         sys.exit(2)

@@ -33,9 +33,11 @@ MAY_CHANGE = (
     "rollout.tensor_parallel",
     "rollout.timeout_seconds",
     "rollout.memory_fraction",
+    "rollout.verify_refit_every",
     "rewards.endpoint",
     "rewards.component_endpoints",
     "rewards.cache_dir",
+    "health",
 )
 
 

@@ -110,7 +110,7 @@ class RolloutConfig(Section):
     max_model_len: Positive = 4096
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.6
     fp8: bool = False
-    verify_refit: bool = False
+    verify_refit_every: Annotated[int, Field(ge=0)] = 50  # checksums of every n-th refit; 0: never
     timeout_seconds: Positive = 600
 
 
@@ -232,6 +232,50 @@ class OptimizerConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
 
 
+class UpdateCheck(Section):
+    """What an update may not be past, and whether it is applied all the same (warn), left out (skip), or the last."""
+
+    policy: Literal["stop", "skip", "warn"]
+    bound: NonNegative
+
+
+class TrendCheck(Section):
+    """What a metric may not be past in `steps` steps in a row, and whether the run then stops or only says so."""
+
+    policy: Literal["stop", "warn"]
+    bound: NonNegative
+    steps: Positive
+
+
+class HealthConfig(Section):
+    """What is wrong with a run, and what then happens; `balcap_mega.training.health` says what each is about.
+
+    non_finite:      loss, gradients or logprobs; an update that is left out (skip) moves neither weights nor optimizer
+    mismatch:        nats by which trainer and engine differ in a token's logprob, on average
+    skipped:         share of a step's updates that were left out
+    constant_reward: standard deviation of a component over the step's captions
+    missing_reward:  share of captions without a component; one step past rewards.max_missing_fraction is the last
+    low_entropy:     nats a token
+    short_captions, long_captions: caption length over reference length
+    """
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    mismatch: UpdateCheck = UpdateCheck(policy="stop", bound=0.2)
+    skipped: TrendCheck = TrendCheck(policy="stop", bound=0.0, steps=10)
+    constant_reward: TrendCheck = TrendCheck(policy="warn", bound=1e-6, steps=20)
+    missing_reward: TrendCheck = TrendCheck(policy="warn", bound=0.1, steps=20)
+    low_entropy: TrendCheck = TrendCheck(policy="warn", bound=0.01, steps=20)
+    short_captions: TrendCheck = TrendCheck(policy="warn", bound=0.1, steps=20)
+    long_captions: TrendCheck = TrendCheck(policy="warn", bound=5.0, steps=20)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def on_top_of_the_default(cls, value, field):
+        """So that a file may give a check's policy alone."""
+        default = cls.model_fields[field.field_name].default
+        return {**default.model_dump(), **value} if isinstance(value, dict) and isinstance(default, Section) else value
+
+
 class CheckpointConfig(Section):
     """Written while training goes on. After a signal the run ends within `grace_seconds`, as a rule with one more."""
 
@@ -258,6 +302,7 @@ class RunConfig(Section):
     packing: PackingConfig = PackingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def judge_fits_data(self):

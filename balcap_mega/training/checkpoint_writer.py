@@ -30,6 +30,7 @@ from torch import Tensor
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.agreement import all_ranks
 from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.progress import progress
 from balcap_mega.training.checkpoint import (
     CONTENT,
     LATEST,
@@ -115,6 +116,7 @@ class CheckpointWriter:
         deadline = time.monotonic() + self.timeout_seconds
         while self._pending is not None:
             self.poll()
+            progress.mark()  # a slow disk is no standstill: this wait has a limit of its own
             if self._pending is not None and time.monotonic() > deadline:
                 state = "has written its files" if self._pending.written.done() else "is still writing its files"
                 raise TimeoutError(

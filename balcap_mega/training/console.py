@@ -14,6 +14,7 @@ from rich.text import Text
 
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.parallel.groups import ModelLayout
+from balcap_mega.training.health import Finding
 from balcap_mega.training.learner import UpdateResult
 
 HEADING_EVERY = 20  # lines
@@ -121,6 +122,13 @@ class Console:
         self._durations.append(metrics["seconds/step"])
         left = clock(fmean(self._durations) * (total - step - 1))
         self._line([Text(place), *(column.cell(column.text(metrics)) for column in COLUMNS), Text(left.rjust(8))])
+
+    def findings(self, findings: Sequence[Finding]) -> None:
+        """What is wrong with the step whose line was the last; one that stops the run is told as its error."""
+        for finding in findings:
+            if finding.policy != "stop":
+                done = "the update was left out" if finding.policy == "skip" else finding.remedy
+                self._rich.print(Text(f"  {finding.policy}: {finding} — {done}", "yellow"))
 
     def stopped(self, reason: str) -> None:
         self._section(f"Stopped by {reason}; the same command goes on from here")

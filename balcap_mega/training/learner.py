@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,11 +28,30 @@ from balcap_mega.training.microbatch import Microbatch
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step: the loss and its metrics over all ranks, and the gradient norm before clipping."""
+    """One optimizer step: the loss and its metrics over all ranks, and the gradient norm before clipping.
+
+    applied: False for one that was left out: weights and optimizer are then as they were before
+    """
 
     loss: float
     gradient_norm: float
     metrics: dict[str, float]
+    applied: bool = True
+
+    @property
+    def finite(self) -> bool:
+        """Of the loss, the gradients, and the trainer's and the engine's logprobs."""
+        return all(map(math.isfinite, (self.loss, self.gradient_norm, self.metrics["engine_logprob_difference"])))
+
+
+def must_be_finite(result: UpdateResult) -> bool:
+    """Accepts an update, or raises FloatingPointError."""
+    if not result.finite:
+        raise FloatingPointError(
+            f"loss {result.loss}, gradient norm {result.gradient_norm} are not finite; the weights were left as they "
+            "were, and the last checkpoint is good"
+        )
+    return True
 
 
 class Learner:
@@ -78,8 +97,10 @@ class Learner:
         with self._reference_weights():
             return self.logprobs(microbatches)
 
-    def update(self, microbatches: Sequence[Microbatch]) -> UpdateResult:
-        """One optimizer step on the clipped policy objective. Raises FloatingPointError before a non-finite step."""
+    def update(
+        self, microbatches: Sequence[Microbatch], accept: Callable[[UpdateResult], bool] = must_be_finite
+    ) -> UpdateResult:
+        """One optimizer step on the clipped policy objective, applied where `accept` says so, on all ranks alike."""
 
         def objective(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> PolicyLoss:
             head, tokens = self._head(weight), microbatch.tokens.to(self.platform.device)
@@ -92,7 +113,7 @@ class Learner:
                 logprobs, tokens, self.algorithm, entropy=entropy, max_response_length=self.max_response_length
             )
 
-        return self._step(microbatches, objective)
+        return self._step(microbatches, objective, accept)
 
     def supervised_update(self, microbatches: Sequence[Microbatch], learning_rate: float) -> UpdateResult:
         """One optimizer step on the cross-entropy of the targets."""
@@ -162,7 +183,12 @@ class Learner:
                 forward_only=True,
             )
 
-    def _step(self, microbatches: Sequence[Microbatch], objective: Callable[..., PolicyLoss]) -> UpdateResult:
+    def _step(
+        self,
+        microbatches: Sequence[Microbatch],
+        objective: Callable[..., PolicyLoss],
+        accept: Callable[[UpdateResult], bool] = must_be_finite,
+    ) -> UpdateResult:
         results: dict[int, PolicyLoss] = {}
 
         def keep(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> Tensor:
@@ -181,14 +207,11 @@ class Learner:
             run_schedule(self.model, microbatches, self._forward(keep), loss)
             loss_value, metrics = self._reduce(list(results.values()))
             self.optimizer.prepare_grads()
-            gradient_norm = float(self.optimizer.get_grad_norm())
-            if not (math.isfinite(loss_value) and math.isfinite(gradient_norm)):
-                raise FloatingPointError(
-                    f"loss {loss_value}, gradient norm {gradient_norm} are not finite; the weights were left as they "
-                    "were, and the last checkpoint is good"
-                )
+            result = UpdateResult(loss_value, float(self.optimizer.get_grad_norm()), metrics)
+            if not accept(result):
+                return replace(result, applied=False)
             self.optimizer.step()
-        return UpdateResult(loss_value, gradient_norm, metrics)
+        return result
 
     def _reduce(self, results: Sequence[PolicyLoss]) -> tuple[float, dict[str, float]]:
         """Sum over microbatches and data-parallel ranks, known to every rank: each last stage's first rank counts."""

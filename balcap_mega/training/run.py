@@ -14,6 +14,7 @@ from balcap_mega.data.sampler import PromptSampler
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.models.checkpoint_io import export_checkpoint
 from balcap_mega.models.processing import PromptProcessor
+from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.parallel.groups import ModelLayout, initialize_parallel, world_size
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.factory import build_judge
@@ -25,11 +26,12 @@ from balcap_mega.training.batches import Prompts, batch_builder
 from balcap_mega.training.checkpoint_writer import CheckpointWriter
 from balcap_mega.training.console import Console
 from balcap_mega.training.folder import RunFolder, full_disk_is_named, write_json, write_text
+from balcap_mega.training.health import Health, Unhealthy
 from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out, read_result, write_result
 from balcap_mega.training.initial import initial_checkpoint, warmed_up_checkpoint
 from balcap_mega.training.judging import count_words, patience
 from balcap_mega.training.learner import Learner, UpdateResult
-from balcap_mega.training.metrics import MetricsLogger, PhaseTimer
+from balcap_mega.training.metrics import MetricsLogger, PhaseTimer, read_metrics
 from balcap_mega.training.report import write_report
 from balcap_mega.training.signals import Stopped, StopRequest, end_with_launcher
 from balcap_mega.training.trainer import Trainer
@@ -101,6 +103,9 @@ def train(
     if leads and first_step == 0:
         write_result(folder.before, before)
     console.evaluation("before", before.scores)
+    if leads:
+        trainer.health.replay(row for row in read_metrics(folder.root) if row["step"] <= first_step)
+    trainer.health.streaks = from_first_rank(trainer.health.streaks)
     with MetricsLogger(folder.root, first_step, enabled=leads) as log, phase("reinforcement"):
         for step in range(first_step, config.steps):
             try:
@@ -110,10 +115,21 @@ def train(
                 trainer.save(step)
                 trainer.checkpoints.finish()
                 raise
+            except Unhealthy:  # maybe not before the step's first update; a checkpoint on its way is good
+                trainer.checkpoints.finish()
+                raise
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 metrics |= {f"held_out/{name}": score for name, score in held_out().scores.items()}
+            findings = trainer.health.observe(step + 1, metrics)
+            metrics |= {f"health/{finding.check}": finding.value for finding in findings}
             log(step, metrics)
             console.step(step, metrics)
+            console.findings(findings)
+            if fatal := [finding for finding in findings if finding.policy == "stop"]:
+                if all(finding.sound for finding in fatal):
+                    trainer.save(step + 1)
+                trainer.checkpoints.finish()
+                raise Unhealthy(fatal[0])
             trainer.checkpoints.poll()
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 trainer.save(step + 1)
@@ -181,4 +197,5 @@ def build_trainer(
             timeout_seconds=config.checkpoint.timeout_seconds,
         ),
         stop=stop,
+        health=Health(config.health, config.algorithm.weights),
     )

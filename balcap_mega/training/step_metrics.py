@@ -1,6 +1,7 @@
 """What a step reports: one flat dictionary of numbers, named as the console and metrics.jsonl show them."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from balcap_mega.algorithm.batch import Advantages, RewardBatch
@@ -22,25 +23,30 @@ def step_metrics(
     """Rewards over the step's rollouts, the mean of its updates, sizes, and seconds by phase.
 
     The trainer/engine logprob difference and the ratio are those of the first update, which starts from the very
-    weights that the engine sampled with.
+    weights that the engine sampled with. NaN where every update was left out.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     response_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     total = sum(seconds.values())
-    first = updates[0].metrics
+    first, applied = updates[0].metrics, [update for update in updates if update.applied]
+
+    def mean(value: Callable[[UpdateResult], float]) -> float:
+        return fmean(map(value, applied)) if applied else math.nan
+
     return {
         **reward_metrics(rewards, advantages),
         "rollout/finished": fmean(rollout.finished for rollout in rollouts),
         "rollout/response_tokens": response_tokens / len(rollouts),
         "rollout/logprob_difference_max": first["engine_logprob_difference_max"],
         "rollout/logprob_difference": first["engine_logprob_difference"],
-        "policy/loss": fmean(update.loss for update in updates),
-        "policy/gradient_norm": fmean(update.gradient_norm for update in updates),
+        "policy/updates_skipped": 1 - len(applied) / len(updates),
+        "policy/loss": mean(lambda update: update.loss),
+        "policy/gradient_norm": mean(lambda update: update.gradient_norm),
         **{
-            f"policy/{name}": fmean(update.metrics[name] for update in updates)
+            f"policy/{name}": mean(lambda update, name=name: update.metrics[name])
             for name in ("clip_fraction", "dual_clip_fraction", "kl_reference", "kl_old", "importance_weight")
         },
-        "policy/importance_truncated": fmean(update.metrics["importance_truncated"] for update in updates),
+        "policy/importance_truncated": mean(lambda update: update.metrics["importance_truncated"]),
         "policy/entropy": first["entropy"],
         "policy/ratio_max": max(update.metrics["ratio_max"] for update in updates),
         "policy/ratio_max_first": first["ratio_max"],

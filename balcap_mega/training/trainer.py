@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.config.schema import RunConfig
@@ -19,6 +20,7 @@ from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import BatchBuilder, Prompts
 from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint
 from balcap_mega.training.checkpoint_writer import CheckpointWriter
+from balcap_mega.training.health import Health
 from balcap_mega.training.judging import Judging, patience
 from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.metrics import PhaseTimer
@@ -43,11 +45,13 @@ class Trainer:
     refit: Refit
     checkpoints: CheckpointWriter
     stop: StopRequest
+    health: Health
 
     def step(self, number: int) -> dict[str, float]:
         """Run step `number` (from 0) and return its metrics. A collective.
 
         Raises Stopped or TooManyMissing, both before the update: the weights are still those of `number` steps.
+        Raises Unhealthy before an update that is not to be applied, the first or a later one.
         """
         phase = PhaseTimer(self.learner.platform.device, number)
         with phase("data"):
@@ -70,13 +74,15 @@ class Trainer:
         self.stop.check(self.learner.platform.device)
         with phase("update"):
             self.learner.set_learning_rate(self.learning_rate(number))
-            updates = self.update(batches.minibatches)
+            updates = self.update(batches.minibatches, partial(self.health.accepts, number + 1))
         with phase("refit"):
             self.refit.run(offload=self.learner.offload)
         metrics = step_metrics(groups, rewards, advantages, batches, updates, phase.seconds)
         return metrics | {f"memory/{name}": value for name, value in phase.memory.items()}
 
-    def update(self, minibatches: Sequence[Sequence[Microbatch]]) -> list[UpdateResult]:
+    def update(
+        self, minibatches: Sequence[Sequence[Microbatch]], accept: Callable[[UpdateResult], bool]
+    ) -> list[UpdateResult]:
         """One optimizer step a minibatch, the ratio and the KL always against the policy the step began with."""
         if self.config.algorithm.kl_weight > 0:
             minibatches = [
@@ -88,7 +94,7 @@ class Trainer:
             *minibatches[:1],
             *(with_old_logprobs(minibatch, self.learner.logprobs(minibatch)) for minibatch in minibatches[1:]),
         ]
-        return [self.learner.update(minibatch) for minibatch in minibatches]
+        return [self.learner.update(minibatch, accept) for minibatch in minibatches]
 
     def learning_rate(self, number: int) -> float:
         """Constant after a linear rise over `optimizer.warmup_steps`."""

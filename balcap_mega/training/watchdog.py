@@ -206,15 +206,14 @@ class Watchdog:
         for cause in _causes(error):
             if isinstance(cause, torch.distributed.DistError) or "gloo/transport" in str(cause):
                 return Stalled(
-                    f"rank {self.rank} lost contact in {self._heartbeat().place}: {_first_line(cause)}; "
-                    f"{self._whereabouts()}",
+                    f"rank {self.rank} lost contact in {self._heartbeat().place}: {_first_line(cause)}"
+                    + self._whereabouts(),
                     remedy="look at the log of the rank that is gone; the same command goes on from the last checkpoint",
                 )
             if isinstance(cause, TimeoutError):
                 return Stalled(
-                    f"rank {self.rank} gave up in {self._heartbeat().place}: {_first_line(error)}",
-                    remedy="look at its stacks and machine, or raise the timeout; the same command goes on from the last "
-                    "checkpoint",
+                    f"rank {self.rank} gave up in {self._heartbeat().place}: {_first_line(error)}{self._whereabouts()}",
+                    remedy="raise that timeout if it was only slow; the same command goes on from the last checkpoint",
                 )
         return None
 
@@ -225,11 +224,11 @@ class Watchdog:
             time.sleep(2.5 * self.interval)
             beats = {rank: beat for rank, beat in self._heartbeats().items() if rank != self.rank}
         except RuntimeError:
-            return "the rendezvous store is gone too"
+            return "; the rendezvous store is gone too"
         gone = {rank: beat for rank, beat in beats.items() if beat.number == before[rank].number}
         there = {rank: beat for rank, beat in beats.items() if rank not in gone}
         parts = [f"rank {rank} is gone, {_last(beat)}" for rank, beat in gone.items()]
-        return "; ".join([*parts, account(there)] if there else parts) or "no other rank was ever there"
+        return "".join(f"; {part}" for part in ([*parts, account(there)] if there else parts))
 
 
 def account(beats: Mapping[int, Heartbeat]) -> str:

@@ -31,4 +31,7 @@ def build_refit(
         bucket_elements=bucket_bytes // engine.dtype.itemsize,
         frozen=vision_tensors(policy.architecture) if policy.freeze_vision else (),
     )
-    return Refit(policy, engine, plan, timeout_seconds=engine.config.timeout_seconds, verify=engine.config.verify_refit)
+    config = engine.config
+    return Refit(
+        policy, engine, plan, timeout_seconds=config.timeout_seconds, verify_every=config.verify_refit_every
+    )

@@ -10,6 +10,10 @@ from balcap_mega.rollout.refit.plan import Place
 CHECKSUM_CHUNK = 2**22
 
 
+class CorruptPieces(ValueError):
+    """Pieces that are not what was sent."""
+
+
 @dataclass(frozen=True)
 class Write:
     """`values` [rows, cols] go to `place` of the engine's parameters."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from balcap_mega.errors import UserError
 from balcap_mega.rollout.engine import RolloutEngine
-from balcap_mega.rollout.refit.pieces import Write, checksums, rectangle
+from balcap_mega.rollout.refit.pieces import CorruptPieces, Write, checksums, rectangle
 from balcap_mega.rollout.refit.plan import Bucket, Piece, RefitPlan
 
 BUCKET_BYTES = 2**28
@@ -17,6 +18,10 @@ BUCKET_BYTES = 2**28
 
 class RefitError(RuntimeError):
     """A refit that cannot go on, on this rank or because another one is silent: names the phase and the bucket."""
+
+
+class CorruptRefit(UserError, RefitError):
+    """The engine did not get the trainer's weights, which are good: what lies between them is not."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Refit:
 
     policy:          this rank's part of the policy, named as in the plan; its values are read at each `run`
     timeout_seconds: how long any rank waits for the others before it gives up
-    verify:          compare checksums of every piece, taken before it leaves and after it is written
+    verify_every:    every n-th refit, the first included, compares checksums of every piece, taken before it leaves and
+                     after it is written; 0: none does
     """
 
     def __init__(
@@ -55,13 +61,14 @@ class Refit:
         plan: RefitPlan,
         *,
         timeout_seconds: float,
-        verify: bool = False,
+        verify_every: int = 0,
     ):
         self._parameters = dict(policy.named_parameters())
         self._engine = engine
         self._plan = plan
         self._timeout = timeout_seconds
-        self._verify = verify
+        self._verify_every = verify_every
+        self._runs = 0
         self._dtype = engine.dtype
         init_info = {"target_elements": plan.target_elements, "dtype": engine.dtype}
         self._rpc("init_weight_transfer_engine", init_info=init_info)
@@ -72,6 +79,8 @@ class Refit:
         offload: frees the device memory that the engine is about to claim. Raises RefitError.
         """
         clock = _Clock()
+        self._verify = self._verify_every > 0 and self._runs % self._verify_every == 0
+        self._runs += 1
         with clock("offload"), self._naming("offload"):
             if offload is not None:
                 offload()
@@ -167,7 +176,13 @@ class Refit:
         except Exception as error:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
             where = "" if bucket is None else f", bucket {bucket + 1} of {len(self._plan.buckets)}"
-            raise RefitError(f"refit stopped on rank {rank} in phase {phase}{where}: {error}") from error
+            message = f"refit stopped on rank {rank} in phase {phase}{where}: {error}"
+            if isinstance(error, CorruptPieces):
+                raise CorruptRefit(
+                    message,
+                    remedy="go on from the last checkpoint by the same command; if it comes again, on another machine",
+                ) from error
+            raise RefitError(message) from error
 
     def _rpc(self, method: str, **arguments):
         (result,) = self._engine.llm.collective_rpc(method, kwargs=arguments)

@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.reload.layerwise import _copy_and_restore_
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
 
-from balcap_mega.rollout.refit.pieces import Write, checksums, rectangle
+from balcap_mega.rollout.refit.pieces import CorruptPieces, Write, checksums, rectangle
 
 
 @dataclass
@@ -69,7 +69,7 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
         self.finalise_seconds = 0.0
 
     def receive_weights(self, update_info: InPlaceUpdateInfo, load_weights: None = None) -> None:
-        """Write one bucket. Raises ValueError for a checksum that differs. (`load_weights` is vLLM 0.24's, unused.)"""
+        """Write one bucket. Raises CorruptPieces for a checksum that differs. (`load_weights` is vLLM 0.24's, unused.)"""
         for layer in {_layer_of(write.place.parameter) for write in update_info.writes} - self._laid_out:
             if self._is_converted(layer):
                 self._lay_out(layer)
@@ -146,9 +146,9 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
     def _check(self, writes: list[Write], targets: list[Tensor], expected: Tensor) -> None:
         wrong = (checksums(targets, self._dtype) != expected).any(dim=1).nonzero().flatten().tolist()
         if wrong:
-            raise ValueError(
-                f"rollout.verify_refit: {len(wrong)} of {len(writes)} pieces are not what the trainer sent, the first "
-                f"is {writes[wrong[0]].place}"
+            raise CorruptPieces(
+                f"{len(wrong)} of {len(writes)} pieces are not what the trainer sent, the first is "
+                f"{writes[wrong[0]].place}"
             )
 
 

@@ -1,0 +1,157 @@
+"""Nothing wrong goes unnoticed: the numbers of updates and steps against the bounds of `HealthConfig`.
+
+`Health.accepts` looks at an update before it is applied, `Health.observe` at a finished step and at how long it has been
+like that. Both see numbers that are the same on all ranks, so that all ranks decide the same.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from balcap_mega.config.schema import HealthConfig, TrendCheck
+from balcap_mega.errors import UserError
+from balcap_mega.training.learner import UpdateResult
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong.
+
+    check:  the key below `health` that sets bound and policy
+    step:   the number of steps done with this one, as in metrics.jsonl
+    value:  what is past `bound`
+    sound:  the policy is as good as ever, and worth a checkpoint
+    """
+
+    check: str
+    step: int
+    value: float
+    bound: float
+    policy: Literal["stop", "skip", "warn"]
+    problem: str
+    remedy: str
+    sound: bool = False
+
+    def __str__(self) -> str:
+        return f"health.{self.check}: {self.problem}"
+
+
+class Unhealthy(UserError):
+    """Ends a run as its `HealthConfig` asks."""
+
+    def __init__(self, finding: Finding):
+        super().__init__(f"step {finding.step}, {finding}", remedy=finding.remedy)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A metric that may be past its bound in some step, but not in `check.steps` steps in a row."""
+
+    name: str
+    metric: str
+    past: Callable[[float, float], bool]
+    check: TrendCheck
+    meaning: str
+    remedy: str
+    sound: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.metric}"
+
+
+class Health:
+    """The checks of one run, and what they remember.
+
+    streaks: by trend (`key`), the number of steps in a row that its metric has been past its bound. It follows from the
+        rows of metrics.jsonl (`replay`): a run that goes on warns and stops as if it had never been interrupted.
+    """
+
+    def __init__(self, config: HealthConfig, weights: Mapping[str, float]):
+        """weights: of the reward components; one that does not count may be as constant as it likes."""
+        self.config = config
+        self.trends = _trends(config, [name for name, weight in weights.items() if weight > 0])
+        self.streaks: dict[str, int] = {}
+        self._of_this_step: list[Finding] = []
+
+    def accepts(self, step: int, result: UpdateResult) -> bool:
+        """Whether to apply an update of `step`; one that is not is left out. Raises Unhealthy by policy."""
+        finding = _wrong_with(step, result, self.config)
+        if finding is None:
+            return True
+        if finding.policy == "stop":
+            raise Unhealthy(finding)
+        self._of_this_step.append(finding)
+        return finding.policy == "warn"
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
+        """What is wrong with a finished step: what `accepts` found in it, and each trend that has just lasted for the
+        steps it may, or as many again."""
+        self._count(metrics)
+        findings, self._of_this_step = self._of_this_step, []
+        for trend in self.trends:
+            streak, steps = self.streaks[trend.key], trend.check.steps
+            value, bound = metrics.get(trend.metric, math.nan), trend.check.bound
+            if trend.past(value, bound) and streak % steps == 0:
+                problem = f"{trend.metric} is {value:.3g}, for {streak} steps past {bound:g}: {trend.meaning}"
+                policy = trend.check.policy
+                findings.append(Finding(trend.name, step, value, bound, policy, problem, trend.remedy, trend.sound))
+        return findings
+
+    def replay(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """See the steps of an earlier process again."""
+        for row in rows:
+            self._count(row)
+
+    def _count(self, metrics: Mapping[str, float]) -> None:
+        for trend in self.trends:
+            value, streak = metrics.get(trend.metric, math.nan), self.streaks.get(trend.key, 0)
+            if not math.isnan(value):  # which an update that was left out says nothing about
+                streak = streak + 1 if trend.past(value, trend.check.bound) else 0
+            self.streaks[trend.key] = streak
+
+
+def _wrong_with(step: int, result: UpdateResult, config: HealthConfig) -> Finding | None:
+    difference = result.metrics["engine_logprob_difference"]
+    if not result.finite:
+        problem = (
+            f"loss {result.loss}, gradient norm {result.gradient_norm}, difference of logprobs {difference}: not finite"
+        )
+        remedy = "the weights were left as they were and the last checkpoint is good; look at the steps before this one"
+        return Finding("non_finite", step, result.loss, math.inf, config.non_finite, problem, remedy)
+    if difference > config.mismatch.bound:
+        problem = (
+            f"trainer and engine differ by {difference:.3g} in a token's logprob, past {config.mismatch.bound:g}: they do "
+            "not have the same weights, or do not compute the same"
+        )
+        remedy = "check each refit (rollout.verify_refit_every=1), and the model by launch/check_model.py"
+        return Finding("mismatch", step, difference, config.mismatch.bound, config.mismatch.policy, problem, remedy)
+    return None
+
+
+def _trends(config: HealthConfig, components: Iterable[str]) -> list[Trend]:
+    judge = "look at the judge's replies for some captions; without this reward, set its weight to 0"
+    learning = "go back to a checkpoint from before, with a lower optimizer.learning_rate"
+    rewards = [
+        trend
+        for name in components
+        for trend in (
+            Trend("constant_reward", f"reward/{name}_std", operator.le, config.constant_reward,
+                  "all captions get the same reward, which teaches nothing", judge, sound=True),
+            Trend("missing_reward", f"reward/{name}_missing", operator.gt, config.missing_reward,
+                  "the share of captions without this reward", judge, sound=True),
+        )
+    ]  # fmt: skip
+    return [
+        *rewards,
+        Trend("skipped", "policy/updates_skipped", operator.gt, config.skipped, "the share of updates left out",
+              "go back to the last checkpoint and look at what made the first of them fail", sound=False),
+        Trend("low_entropy", "policy/entropy", operator.lt, config.low_entropy,
+              "the policy says the same whatever is drawn", f"{learning}, or with algorithm.entropy_weight"),
+        Trend("short_captions", "reward/length_ratio", operator.lt, config.short_captions,
+              "captions shrink to nothing beside their references", f"{learning}, or with algorithm.length_control=gate"),
+        Trend("long_captions", "reward/length_ratio", operator.gt, config.long_captions,
+              "captions outgrow their references", f"{learning}, or with algorithm.length_control=gate"),
+    ]  # fmt: skip
