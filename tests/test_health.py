@@ -229,12 +229,12 @@ def test_a_policy_for_one_check_leaves_its_bound():
 
 
 def test_the_whole_program_stops_with_a_checkpoint_when_a_reward_says_nothing(tmp_path):
-    """A policy that never learned to write says nothing true: precision is 0 for every caption."""
+    """A policy that never learned to write writes nothing that is language: each caption gets a 0 for it."""
     output = tmp_path / "run"
     overrides = ["warmup.steps=0", "data.eval_size=2", "health.constant_reward={policy: stop, steps: 2}"]
     done = subprocess.run(command(output, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1
-    line = "error: step 2, health.constant_reward: reward/precision_std is 0, for 2 steps past 1e-06"
-    assert line in done.stderr and "Traceback" not in done.stderr.partition("ChildFailedError")[0].partition("error: ")[0]
+    line = "error: step 2, health.constant_reward: reward/linguistic_std is 0, for 2 steps past 1e-06: all captions get the"
+    assert line in done.stderr and "Traceback" not in done.stderr.partition("error: ")[0]
     assert [row.get("health/constant_reward") for row in rows(output)] == [None, 0.0]
     assert (output / "checkpoints" / "latest").read_text().strip() == "step_000002"
