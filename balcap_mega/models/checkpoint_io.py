@@ -27,6 +27,7 @@ from balcap_mega.models.huggingface_tensors import huggingface_shapes
 from balcap_mega.models.mapping import Block, megatron_blocks
 from balcap_mega.models.policy import VisionLanguagePolicy
 from balcap_mega.parallel.groups import current_layout
+from balcap_mega.parallel.progress import progress
 
 SHARD_BYTES = 2 * 2**30
 
@@ -50,6 +51,7 @@ def import_checkpoint(folder: str | Path, policy: VisionLanguagePolicy) -> None:
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as opened:
                 for block in wanted:
+                    progress.mark()  # a large model from a slow disk is no standstill
                     source = opened.get_slice(stored[block.hf_name].name)
                     _part(parameters[block.parameter], block.rows, block.cols).copy_(_read(source, block))
 
@@ -150,6 +152,7 @@ def _write_stage(
                 tensor = _assemble(name, shapes[name], writer, pieces, parameters)
                 if tensor is not None:
                     tensors[name] = tensor
+        progress.mark()
         if tensors:
             save_file(tensors, folder / files[layout.tensor_rank].name, metadata={"format": "pt"})
 

@@ -41,7 +41,7 @@ class Progress:
         self._enter(outer.phase, outer.step)
 
     def mark(self) -> None:
-        """Something was finished: a microbatch, a caption, a judgement."""
+        """Something was finished: a microbatch, a caption, a judgement, a tensor read or written."""
         self.marks += 1
 
     def _enter(self, phase: str, step: int | None) -> None:
