@@ -84,6 +84,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return sum((ours[name].double() - theirs[name].double()).square().sum() for name in theirs).sqrt().item()
 
 
+@pytest.mark.timeout(900)  # three runs
 def test_interrupted_run_continues_to_the_same_weights(finished, tmp_path):
     """SIGTERM to the ranks after the first step; the same command then ends where the uninterrupted run ended.
 
