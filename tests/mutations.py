@@ -1,4 +1,4 @@
-"""Damage of every kind for the fuzz tests: bytes flipped, cut and spliced; values of JSON trees swapped for hostile ones.
+"""Damage for the fuzz tests: bytes flipped, cut and spliced; values of JSON trees swapped for hostile ones.
 
 All of it is drawn from a `random.Random`, so a seed says exactly which input failed.
 """

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
