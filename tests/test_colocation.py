@@ -12,7 +12,10 @@ from balcap_mega.training.folder import RunFolder
 from balcap_mega.training.run import build_trainer
 from balcap_mega.training.signals import StopRequest
 
-WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 8}
+WIDE = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]},
+}  # fmt: skip
 ENGINE_SHARE = 0.25
 ACTIVATIONS_GIB, SLACK_GIB = 4.0, 4.0  # of rows of 1,024 tokens; of CUDA contexts, graphs and PyTorch's own rounding
 

@@ -21,8 +21,13 @@ from balcap_mega.training.learner import Learner
 from tests.released_configs import write_config
 from tests.test_learner import make_batch
 
-RECIPES = ("blockwise", "tensorwise", "delayed")
-WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_key_value_heads": 4}
+# Logprobs: largest mean difference; gradients: smallest cosine. Rounding both sides of each GEMM to FP8 on a CPU gives
+# 0.06 and 0.99 with first and last of the four layers left out, 0.17 and 0.955 without: delayed scaling has all four.
+BOUNDS = {"blockwise": (0.1, 0.97), "tensorwise": (0.1, 0.97), "delayed": (0.3, 0.93)}
+WIDE = {
+    "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,11 +122,15 @@ def cuda():
 
 
 def logprobs_and_gradients(folder, cuda, **model):
-    """[R] logprobs of a batch's tokens, and the step's gradient of every weight of the decoder's layers, flat."""
+    """[R] logprobs of a batch's tokens, and the step's gradient of every weight of the decoder's layers, flat.
+
+    From a second pass: in its first delayed scaling knows no scales.
+    """
     parallel, platform, layout = cuda
     config = ModelConfig(path=str(folder), **model)
-    learner = Learner(folder, config, parallel, OptimizerConfig(), AlgorithmConfig(), platform)
+    learner = Learner(folder, config, parallel, OptimizerConfig(learning_rate=0), AlgorithmConfig(), platform)
     [microbatches] = make_batch(folder, learner, layout, fp8="hybrid")
+    learner.update(microbatches)
     logprobs = torch.cat(learner.logprobs(microbatches))
     learner.update(microbatches)
     layers = learner.policy.language_model.decoder.layers
@@ -132,17 +141,16 @@ def logprobs_and_gradients(folder, cuda, **model):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("form", ["hybrid", "e4m3"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", BOUNDS)
 def test_fp8_is_near_bfloat16(tiny_checkpoint, cuda, recipe, form):
-    """Logprobs within 0.1 on average, gradients within 15 degrees and 10 % in length: FP8 has 3 bits of mantissa."""
     folder = tiny_checkpoint("qwen2_5_vl", text_config=WIDE)
     logprobs, gradients, modules = logprobs_and_gradients(folder, cuda)
     assert modules["ColumnLinear"] == modules["RowLinear"] == 2 * WIDE["num_hidden_layers"]
     quantised, quantised_gradients, _ = logprobs_and_gradients(folder, cuda, fp8=form, fp8_recipe=recipe)
     assert not torch.equal(logprobs, quantised), "nothing was quantised"
-    assert (logprobs - quantised).abs().mean() < 0.1
-    cosine = torch.nn.functional.cosine_similarity(gradients, quantised_gradients, dim=0)
-    assert cosine > 0.966
+    difference, cosine = BOUNDS[recipe]
+    assert (logprobs - quantised).abs().mean() < difference
+    assert torch.nn.functional.cosine_similarity(gradients.double(), quantised_gradients.double(), dim=0) > cosine
     assert 0.9 < quantised_gradients.norm() / gradients.norm() < 1.1
 
 

@@ -99,7 +99,11 @@ class WarmupConfig(Section):
 
 
 class RolloutConfig(Section):
-    """vLLM: prompts a step, captions a prompt, and how they are sampled."""
+    """vLLM: prompts a step, captions a prompt, and how they are sampled.
+
+    memory_fraction: what the engine may take of a GPU, weights and cache and all. The learner's weights stay beside it;
+        what else the learner needs does not, unless `parallel.offload` is off.
+    """
 
     prompts_per_step: Positive = 64
     group_size: Annotated[int, Field(ge=2)] = 8

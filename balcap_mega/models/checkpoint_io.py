@@ -217,7 +217,7 @@ def _blocks(
         tensor_size=layout.tensor_size,
         pipeline_rank=layout.pipeline_rank if pipeline_rank is None else pipeline_rank,
         pipeline_size=layout.pipeline_size,
-        transformer_engine=any(name.endswith("linear_qkv.layer_norm_weight") for name, _ in policy.named_parameters()),
+        transformer_engine=policy.transformer_engine,
     )
 
 
