@@ -21,6 +21,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 mkdir -p "$results"
+[ -e balcap_mega/kernels ] || ln -s ../kernels balcap_mega/kernels # a copy of the tree may have lost its link
 
 if ! "$python" -c 'import balcap_mega, torch, triton' 2> "$results/import.log"; then
     echo "error: $python cannot import balcap_mega, torch and triton — pip install -e '.[cuda]'" >&2
