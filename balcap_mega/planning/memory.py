@@ -1,7 +1,7 @@
 """Bytes on the most loaded rank of each pipeline stage, by part, at each moment of a step that could be the fullest.
 
-Engine and learner take turns: the engine sleeps while the learner trains, gradients and the optimizer's state are on
-the host while the engine generates, and both are away while weights move.
+Engine and learner take turns unless `parallel.offload` is off: the engine sleeps while the learner trains, gradients and
+the optimizer's state leave the device while the engine generates, and the key/value cache while weights move.
 """
 
 from dataclasses import dataclass
@@ -49,13 +49,15 @@ class Moment:
 
 @dataclass(frozen=True)
 class Memory:
-    """moments: every stage's, in the order of a step
-    host:           bytes a rank holds in the host's memory: the engine's weights asleep, the optimizer's state
-    cache_tokens:   tokens whose keys and values fit the engine's cache; below 0 where not even its weights fit
+    """moments:      every stage's, in the order of a step
+    host:         bytes by part that the most loaded rank has in the host's memory, each at its largest
+    swapped:      of those, what travels between device and host as engine and learner change places
+    cache_tokens: tokens whose keys and values fit the engine's cache; below 0 where not even its weights fit
     """
 
     moments: tuple[Moment, ...]
-    host: float
+    host: dict[str, float]
+    swapped: float
     cache_tokens: float
 
     @property
@@ -78,9 +80,10 @@ def predict_memory(
     data_size = rows.data_size
     engine_weights = engine_weight_bytes(config, architecture, counts)
     awake = config.rollout.memory_fraction * gpu.memory
+    turns = parallel.offload is not False
     moments, hosts = [], []
     for stage, parameters in enumerate(stages):
-        weights = BF16 * parameters.total
+        base = {"weights": BF16 * parameters.total, "context": CONTEXT}
         trained = parameters.language + (0 if config.model.freeze_vision else parameters.vision)
         shards = data_size if parallel.distributed_optimizer else 1
         optimizer = OPTIMIZER_BYTES * trained / shards
@@ -93,22 +96,27 @@ def predict_memory(
         }
         if stage == parallel.pipeline - 1:
             backward["head"] = activations.head(rows.largest, CHUNK_BYTES["cuda"])
-        lost = FRAGMENTATION * sum(backward.values())
-        update = {"weights": weights, "gradients": FP32 * trained, "optimizer": optimizer} | backward
+        backward["fragmentation"] = FRAGMENTATION * sum(backward.values())
+        state = {"gradients": FP32 * trained, "optimizer": optimizer}
         moments += [
-            Moment("rollout", stage, {"weights": weights, "engine": awake, "context": CONTEXT}),
-            Moment("update", stage, update | {"fragmentation": lost, "asleep": ASLEEP, "context": CONTEXT}),
+            Moment("rollout", stage, base | ({} if turns else state) | {"engine": awake}),
+            Moment("update", stage, base | state | backward | ({"asleep": ASLEEP} if turns else {"engine": awake})),
             Moment(
                 "refit",
                 stage,
-                {"weights": weights, "engine": engine_weights, "buckets": 2 * BUCKET_BYTES, "asleep": ASLEEP, "context": CONTEXT},
+                base | {"buckets": 2 * BUCKET_BYTES}
+                | ({"engine": engine_weights, "asleep": ASLEEP} if turns else state | {"engine": awake}),
             ),
         ]
-        hosts.append(optimizer + engine_weights)
+        hosts.append(
+            ({"optimizer": optimizer, "engine": engine_weights} if turns else {})
+            | {"checkpoint": base["weights"] + optimizer}
+        )
     room = awake - engine_weights - ENGINE_WORKSPACE
     return Memory(
         tuple(moments),
-        host=max(hosts),
+        host=max(hosts, key=lambda parts: sum(parts.values())),
+        swapped=max(sum(parts.values()) - parts["checkpoint"] for parts in hosts),
         cache_tokens=room / cache_bytes_per_token(architecture, config.rollout.tensor_parallel),
     )
 

@@ -11,6 +11,7 @@ from balcap_mega.config.preflight import check_batch, check_shape
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.fp8 import check_fp8
 from balcap_mega.models.released import RELEASED
 from balcap_mega.planning.compute import Compute
 from balcap_mega.planning.flops import model_flops
@@ -98,6 +99,7 @@ class Planner:
         check_batch(config, world)
         check_shape(dict(self.text), config.parallel, config.rollout)
         self.architecture.check_layout(config.parallel)
+        check_fp8(self.architecture, config.model, config.parallel)
         rows = pack_for(config, self.architecture, self.workload, world)
         memory = predict_memory(
             config, self.architecture, self.counts, self.workload, rows, self.cluster.gpu
@@ -155,7 +157,7 @@ class Planner:
         )
         judged = self.workload.captions / self.captions_per_second if self.captions_per_second else 0.0
         # The optimizer's state goes and comes; the engine's weights do, as it falls asleep and wakes up.
-        host = memory.host / cluster.gpu.host
+        host = memory.swapped / cluster.gpu.host
         parallel, engine = config.parallel, engine_weight_bytes(config, self.architecture, self.counts)
         stride = parallel.tensor * rows.data_size if parallel.pipeline > 1 else 1
         transfer = engine / cluster.bandwidth(parallel.pipeline, stride)

@@ -66,7 +66,8 @@ def print_plan(console: Console, planner: Planner, plan: Plan) -> None:
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in plan.update_seconds.items())
     console.print(
         f"  update: {parts}\n  {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU over the step, MFU of the update "
-        f"{plan.update_mfu:.1%}, {plan.memory.host / GIB:.0f} GiB of host memory a rank beside checkpoints"
+        f"{plan.update_mfu:.1%}\n  host memory of a rank, GiB: "
+        + ", ".join(f"{part} {_gib(size)}" for part, size in plan.memory.host.items())
     )
 
 
