@@ -19,6 +19,7 @@ TIMING = ("seconds/", "throughput/")
 def command(output: Path, *overrides: str, ranks: int = 2) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     script = ["launch/pretrain_rl.py", "--config", "configs/scenes_smoke.yaml", f"output_dir={output}"]
+    script.append("health.long_captions={bound: 0, steps: 2}")  # something to be told, which goes by the steps before
     return [*torchrun, *script, *overrides]
 
 
@@ -69,7 +70,7 @@ def test_trainer_and_engine_agree(finished):
         assert row["rollout/logprob_difference_max"] <= 1e-4
         assert row["policy/ratio_max_first"] == 1.0
         assert row["policy/kl_old"] == 0.0
-    assert len(rows(finished)) == 3
+    assert [row.get("health/long_captions") for row in rows(finished)] == [None, rows(finished)[1]["reward/length_ratio"], None]
 
 
 def test_exported_policy_loads_in_transformers(finished):

@@ -61,15 +61,17 @@ def test_recipe_runs_in_miniature(recipe, tiny_checkpoint, tmp_path):
     assert list((output / "policy").glob("*.safetensors"))
 
 
-def test_judge_that_breaks_down_stops_the_run_and_loses_nothing(tiny_checkpoint, tmp_path):
+def test_judge_that_never_answers_stops_the_run_and_loses_nothing(tiny_checkpoint, tmp_path):
     output = tmp_path / "run"
     with JudgeServer() as judge:
         overrides = miniature(tiny_checkpoint("qwen2_5_vl"), output, judge.base_url)
         assert train("qwen2_5_vl_7b", [*overrides, "steps=1"]).returncode == 0
-        judge.faults["cover"] = [Fault(status=500)] * 1000
-        done = train("qwen2_5_vl_7b", [*overrides, "rewards.endpoint.max_retries=0"])
+        judge.faults["cover"] = [Fault(stall=3600)] * 1000
+        impatient = ["rewards.endpoint.max_retries=0", "rewards.endpoint.timeout_seconds=3"]
+        done = train("qwen2_5_vl_7b", [*overrides, *impatient])
         assert done.returncode != 0
         assert "the judge failed for too many" in done.stderr and "resume from the last checkpoint" in done.stderr
+        assert "(rank 0 was in rewards of step 2)" in done.stderr
         assert (output / "checkpoints" / "latest").read_text().strip() == "step_000001"
         judge.faults.clear()
         assert train("qwen2_5_vl_7b", overrides).returncode == 0

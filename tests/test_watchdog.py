@@ -84,8 +84,8 @@ def test_a_rank_stuck_in_native_code_is_named_with_all_stacks(jobs):
     said = ended(jobs["stuck"])
     place = rf"rank 1 in rollout of step 3 for \d+ s; rank 0 in update of step 3 for \d+ s"
     assert re.search(rf"^error: no rank has finished anything for {STUCK_SECONDS} s: {place}", said, re.MULTILINE)
-    assert said.count("in sleep_in_native_code") == 1 and said.count(", line") > 5  # rank 1's stacks, once
-    assert re.search(r"^rank 0 in update of step 3:\n(.+\n)+\n(.+\n)*.* in all_reduce$", said, re.MULTILINE)
+    assert said.count("in sleep_in_native_code\n") == 1 == said.count("in all_reduce\n")  # both ranks' stacks, once
+    assert re.search(r"^rank 0 in update of step 3:$", said, re.MULTILINE)
     assert re.search(rf"traceback : error: no rank has finished anything .* {place}", said)  # torchrun's own account
 
 
@@ -106,7 +106,7 @@ def test_a_stalled_rank_is_named(jobs):
     line = rf"error: rank 1 has not been heard of for {SILENCE_SECONDS} s, last in (rollout|update) of step \d+; rank 0 in "
     job.stall_rank_1(line)
     said = ended(job)
-    assert re.search(r"^rank 1 in .*:\n(.+\n)+\n(.+\n)*.*watched_ranks.py", said, re.MULTILINE), "it too says where it was"
+    assert re.search(r"^rank 1 in (rollout|update) of step \d+:$", said, re.MULTILINE), "it too says where it was"
 
 
 def test_a_dead_rank_is_named(jobs):

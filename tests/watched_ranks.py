@@ -39,7 +39,7 @@ FAULTS = {"none": lambda: None, "stuck": sleep_in_native_code, "slow": be_slow, 
 
 def main() -> None:
     fault, steps = FAULTS[sys.argv[1]], int(sys.argv[2])
-    StopRequest()  # as in the program: torchrun's SIGTERM for another rank's end does not cut this one short
+    StopRequest(60)  # as in the program: torchrun's SIGTERM for another rank's end does not cut this one short
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     with exit_on_user_error(), Watchdog(stuck_seconds=STUCK_SECONDS, silence_seconds=SILENCE_SECONDS):

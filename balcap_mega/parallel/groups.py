@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from balcap_mega.config.schema import ParallelConfig
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.rendezvous import job_store
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ def initialize_parallel(
     timeout = timedelta(seconds=timeout_seconds)
     if not torch.distributed.is_initialized():
         if "RANK" in os.environ:
-            torch.distributed.init_process_group(platform.backend, timeout=timeout)
+            store, rank, world = job_store(timeout)
         else:  # a bare `python`, without torchrun
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+            store, rank, world = torch.distributed.HashStore(), 0, 1
+        torch.distributed.init_process_group(
+            platform.backend, store=store, rank=rank, world_size=world, timeout=timeout
+        )
     with platform.megatron():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,

@@ -268,8 +268,9 @@ def _causes(error: BaseException | None) -> Iterable[BaseException]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says, without the source line that gloo puts in front."""
-    lines = re.sub(r"^\[[^]]*\.(cc|cpp|h):\d+\] ", "", str(error)).strip().splitlines()
+    """What an error says, without the source line that gloo puts in front and the good wishes behind."""
+    text = re.sub(r"^\[[^]]*\.(cc|cpp|h):\d+\] ", "", str(error)).partition(". This is typically")[0]
+    lines = text.strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
