@@ -106,6 +106,10 @@ class PromptProcessor:
         """
         return (*self._text_token_ids(caption), self.eos_token_ids[0])
 
+    def decode_caption(self, token_ids: Sequence[int]) -> str:
+        """A sampled caption's text, special tokens left out."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
     def count_tokens(self, text: str) -> float:
         """Length of a text in tokens, special ones left out."""
         return float(len(self._text_token_ids(text)))

@@ -148,6 +148,8 @@ class RolloutEngine:
         return self._vllm.SamplingParams(
             max_tokens=self.config.max_tokens,
             logprobs=0,  # of the sampled token
+            flat_logprobs=True,
+            detokenize=False,  # token after token would take longer than the sampling; see `_rollout`
             logit_bias=dict.fromkeys(self.processor.banned_token_ids, -torch.inf),
             output_kind=self._vllm.sampling_params.RequestOutputKind.CUMULATIVE,
             **sampling,
@@ -176,7 +178,7 @@ class RolloutEngine:
                         for completion in output.outputs:
                             if completion.finish_reason is None:
                                 continue
-                            rollout = captions[place][completion.index] = _rollout(completion)
+                            rollout = captions[place][completion.index] = self._rollout(completion)
                             if on_finished is not None:
                                 on_finished(prompts[place].record_index, completion.index, rollout)
             except BaseException:
@@ -186,6 +188,11 @@ class RolloutEngine:
             RolloutGroup(prompt.record_index, token_ids, tuple(group[number] for number in range(count)))
             for prompt, token_ids, group in zip(prompts, prompt_token_ids, captions, strict=True)
         ]
+
+    def _rollout(self, completion) -> Rollout:
+        token_ids, logprobs = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
+        finished = completion.finish_reason == "stop"
+        return Rollout(token_ids, logprobs, self.processor.decode_caption(token_ids), finished)
 
     def _submit(self, name: str, prompt: Prompt, sampling) -> str:
         """Hand one prompt to vLLM, which processes its image here and refuses one that leaves no room for a caption."""
@@ -239,6 +246,8 @@ def engine_arguments(
             # A prompt in pieces rewinds its seeded generator after all but the last, which CPU generators cannot.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(config.max_model_len, 8192),
+            # A group shares whole blocks of its prompt, the rest is computed for every caption: the smallest there is.
+            "block_size": 32,
         }
     return arguments
 
@@ -267,9 +276,3 @@ def request_seed(seed: int, step: int, record_index: int) -> int:
     """A 62-bit seed for one prompt of one step; vLLM adds the rollout's number to it."""
     digest = hashlib.blake2b(f"{seed}/{step}/{record_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
-
-
-def _rollout(completion) -> Rollout:
-    token_ids = tuple(completion.token_ids)
-    logprobs = tuple(chosen[token].logprob for token, chosen in zip(token_ids, completion.logprobs, strict=True))
-    return Rollout(token_ids, logprobs, completion.text, completion.finish_reason == "stop")
