@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from balcap_mega.algorithm.batch import TokenBatch
-from balcap_mega.algorithm.logits import HeadShard, chunk_logits, logits_to_gradient_, statistics
+from balcap_mega.algorithm.logits import Chunk, HeadShard, logit_chunks, logits_to_gradient_
 from balcap_mega.algorithm.metrics import PolicyMetrics
 from balcap_mega.algorithm.policy_loss import PolicyLoss, loss_normaliser, policy_loss, token_count
 from balcap_mega.config.schema import AlgorithmConfig
@@ -126,12 +126,12 @@ class _Gradients:
         elif needs_weight:
             self.weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
-    def add(self, rows: slice, hidden: Tensor, d_logits: Tensor) -> None:
-        columns = self.head.columns
+    def add(self, chunk: Chunk, d_logprobs: Tensor, d_entropy: Tensor | None) -> None:
+        d_logits, columns = logits_to_gradient_(chunk, d_logprobs, d_entropy, self.head), self.head.columns
         if self.hidden is not None:
-            torch.mm(d_logits, self.head.weight[:columns], out=self.hidden[rows])
+            torch.mm(d_logits, self.head.weight[:columns], out=self.hidden[chunk.rows])
         if self.weight is not None and columns:
-            accumulate_(self.weight[:columns], d_logits, hidden)
+            accumulate_(self.weight[:columns], d_logits, chunk.hidden)
 
     def weight_for_autograd(self) -> Tensor | None:
         if self.weight is None:
@@ -168,16 +168,11 @@ class _FusedLoss(torch.autograd.Function):
         gradients = None
         if differentiate:
             gradients = _Gradients(hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        chunks = head.chunks(hidden.shape[0])
-        buffer = head.logits_buffer(chunks)
-        for rows in chunks:
-            logits = chunk_logits(hidden[rows], head, buffer)
-            found = statistics(logits, targets[rows], head)
-            terms = objective(found.logprobs, found.entropy, rows)
+        for chunk in logit_chunks(hidden, targets, head):
+            terms = objective(chunk.statistics.logprobs, chunk.statistics.entropy, chunk.rows)
             loss_sum, metrics = loss_sum + terms.loss_sum, metrics + terms.metrics
             if gradients is not None:
-                d_logits = logits_to_gradient_(logits, targets[rows], found, terms.d_logprobs, terms.d_entropy, head)
-                gradients.add(rows, hidden[rows], d_logits)
+                gradients.add(chunk, terms.d_logprobs, terms.d_entropy)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(metrics.sums, metrics.maxima)
         return loss_sum, metrics.sums, metrics.maxima
@@ -200,11 +195,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, head: HeadShard):
         logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
-        chunks = head.chunks(hidden.shape[0])
-        buffer = head.logits_buffer(chunks)
-        for rows in chunks:
-            found = statistics(chunk_logits(hidden[rows], head, buffer), targets[rows], head)
-            logprobs[rows], entropy[rows] = found.logprobs, found.entropy
+        for chunk in logit_chunks(hidden, targets, head):
+            logprobs[chunk.rows], entropy[chunk.rows] = chunk.statistics.logprobs, chunk.statistics.entropy
         ctx.save_for_backward(hidden, weight, targets)
         ctx.head = head
         ctx.set_materialize_grads(False)
@@ -217,12 +209,6 @@ class _TokenLogprobs(torch.autograd.Function):
         if d_logprobs is None:
             d_logprobs = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        chunks = head.chunks(hidden.shape[0])
-        buffer = head.logits_buffer(chunks)
-        for rows in chunks:
-            logits = chunk_logits(hidden[rows], head, buffer)
-            found = statistics(logits, targets[rows], head)
-            d_rows = None if d_entropy is None else d_entropy[rows]
-            d_logits = logits_to_gradient_(logits, targets[rows], found, d_logprobs[rows], d_rows, head)
-            gradients.add(rows, hidden[rows], d_logits)
+        for chunk in logit_chunks(hidden, targets, head):
+            gradients.add(chunk, d_logprobs[chunk.rows], None if d_entropy is None else d_entropy[chunk.rows])
         return gradients.hidden, gradients.weight_for_autograd(), None, None

@@ -3,6 +3,8 @@
 Plain PyTorch on a CPU; on CUDA the same two passes are `balcap_mega.kernels.lm_head`'s.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from balcap_mega.algorithm.dispatch import use_kernels
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 7 * 2**27}
 CACHE_ELEMENTS = 2**18
 ROW_ALIGNMENT = 64
+LOG2_E = math.log2(math.e)  # PyTorch's exp2 is more than twice as fast as its exp on a CPU
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,31 @@ class LogitStatistics:
         return self.log_normaliser - self.mean
 
 
-def chunk_logits(hidden: Tensor, head: HeadShard, buffer: Tensor) -> Tensor:
-    """[T, columns] at the start of the buffer, temperature not yet applied, padded columns left out."""
-    return torch.mm(hidden, head.weight[: head.columns].t(), out=buffer[: hidden.shape[0]])
+@dataclass(frozen=True)
+class Chunk:
+    """T of the R rows: `rows` says which, and `hidden` [T, H] and `targets` [T] are theirs.
+
+    logits: [T, columns], temperature not yet applied, padded columns left out; the next chunk takes their memory over
+    """
+
+    rows: slice
+    hidden: Tensor
+    targets: Tensor
+    logits: Tensor
+    statistics: LogitStatistics
 
 
-def statistics(logits: Tensor, targets: Tensor, head: HeadShard) -> LogitStatistics:
+def logit_chunks(hidden: Tensor, targets: Tensor, head: HeadShard) -> Iterator[Chunk]:
+    """The logits of all R rows, as many at a time as `head` allows; hidden [R, H], targets [R]."""
+    chunks = head.chunks(hidden.shape[0])
+    buffer = head.logits_buffer(chunks)
+    for rows in chunks:
+        logits = buffer[: rows.stop - rows.start]
+        torch.mm(hidden[rows], head.weight[: head.columns].t(), out=logits)
+        yield Chunk(rows, hidden[rows], targets[rows], logits, _statistics(logits, targets[rows], head))
+
+
+def _statistics(logits: Tensor, targets: Tensor, head: HeadShard) -> LogitStatistics:
     """Local max, Σ exp, Σ z exp and target logit of each row, merged over the group in one small all-gather."""
     if use_kernels(logits):
         from balcap_mega.kernels.lm_head import logit_statistics
@@ -100,7 +122,7 @@ def statistics(logits: Tensor, targets: Tensor, head: HeadShard) -> LogitStatist
     for rows in _cache_blocks(logits):
         block = logits[rows].float()
         maximum = block.amax(dim=1) * scale
-        weights = torch.add(-maximum[:, None], block, alpha=scale).exp_()
+        weights = torch.add(-LOG2_E * maximum[:, None], block, alpha=LOG2_E * scale).exp2_()
         moment = torch.linalg.vecdot(weights, block) * scale
         target = torch.where(owned[rows], block.gather(1, column[rows, None])[:, 0] * scale, 0.0)
         torch.stack((maximum, weights.sum(dim=1), moment, target), out=local[:, rows])
@@ -121,18 +143,12 @@ def merge_statistics(local: Tensor, group: ProcessGroup | None) -> LogitStatisti
     return LogitStatistics(maximum + total.log(), shards[:, 3].sum(dim=0), mean)
 
 
-def logits_to_gradient_(
-    logits: Tensor,
-    targets: Tensor,
-    found: LogitStatistics,
-    d_logprobs: Tensor,
-    d_entropy: Tensor | None,
-    head: HeadShard,
-) -> Tensor:
-    """Overwrite logits with their gradient, p the softmax and z the tempered logits of a row:
+def logits_to_gradient_(chunk: Chunk, d_logprobs: Tensor, d_entropy: Tensor | None, head: HeadShard) -> Tensor:
+    """Overwrite the chunk's logits with their gradient, p the softmax and z the tempered logits of a row:
 
     d z_j = d_logp · (1[j = target] − p_j) − d_H · p_j · (log p_j + H),        d logit_j = d z_j / temperature
     """
+    logits, targets, found = chunk.logits, chunk.targets, chunk.statistics
     if use_kernels(logits):
         from balcap_mega.kernels import lm_head
 
@@ -148,7 +164,7 @@ def logits_to_gradient_(
         coefficient = -scale * d_logprobs[rows, None]
         if d_entropy is not None:
             coefficient = coefficient - scale * d_entropy[rows, None] * (log_p + found.entropy[rows, None])
-        gradient = log_p.exp_().mul_(coefficient)
+        gradient = log_p.mul_(LOG2_E).exp2_().mul_(coefficient)
         logits[rows] = gradient.scatter_add_(1, column[rows, None], at_target[rows, None])
     return logits
 
