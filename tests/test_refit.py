@@ -17,7 +17,8 @@ from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import RolloutEngine
-from balcap_mega.rollout.refit import build_refit
+from balcap_mega.rollout.refit import build_refit, transfer
+from balcap_mega.rollout.refit.shared_memory import share_memory
 from balcap_mega.rollout.refit.transfer import RefitError
 from balcap_mega.rollout.vllm_runtime import import_vllm
 from tests.distributed import _rank_main, launch, launcher_store
@@ -102,7 +103,10 @@ def check_wrong_checksum(folder, engine):
 
 
 def several_ranks(cases):
-    """cases: (folder, vLLM tensor parallelism, [(Megatron tensor, pipeline), ...]); one engine a case."""
+    """cases: (folder, vLLM tensor parallelism, [(Megatron tensor, pipeline), ...]); one engine a case.
+
+    Layouts take turns between shared memory, as ranks of one host have it, and the process group, as all others.
+    """
     import_vllm()
     from vllm.distributed.parallel_state import destroy_model_parallel
 
@@ -111,6 +115,7 @@ def several_ranks(cases):
         engine = make_engine(folder, engine_tensor)
         engine.sample(make_prompts(2), step=0)
         for seed, (tensor, pipeline) in enumerate(layouts, start=1):
+            transfer.share_memory = share_memory if seed % 2 else lambda size: None
             check_refit(folder, engine, tensor, pipeline, seed)
         del engine
         gc.collect()
@@ -144,10 +149,10 @@ def silent_rank(folder, dies):
     if torch.distributed.get_rank() == 1:
         launch_bucket = refit._launch
 
-        def silent(number, bucket, buffer):
+        def silent(exchange, number):
             if number == 1:
                 os.kill(os.getpid(), signal.SIGKILL) if dies else time.sleep(5)
-            return launch_bucket(number, bucket, buffer)
+            return launch_bucket(exchange, number)
 
         refit._launch = silent
     start = time.monotonic()
@@ -155,6 +160,24 @@ def silent_rank(folder, dies):
         refit.run()
     assert time.monotonic() - start < 10
     return str(error.value)
+
+
+def shared_numbers(reachable):
+    """What each rank reads in both ranks' memory. Where ranks are not `reachable`, rank 1 names a process not its own."""
+    rank = torch.distributed.get_rank()
+    if rank == 1 and not reachable:
+        os.getpid = lambda: 1
+    memory = share_memory(8 * (rank + 1))
+    if memory is None:
+        return None
+    memory[rank].fill_(rank + 5)
+    torch.distributed.barrier()
+    return [part.tolist() for part in memory]
+
+
+def test_ranks_share_memory_where_all_reach_all():
+    assert launch(2, shared_numbers, True) == [[[5] * 8, [6] * 16]] * 2
+    assert launch(2, shared_numbers, False) == [None, None]
 
 
 def test_refit_on_one_rank(tiny_checkpoint):
@@ -185,8 +208,12 @@ def test_a_silent_rank_stops_all_ranks_with_phase_and_bucket(tiny_checkpoint, di
     for process in ranks:
         process.start()
     try:
-        for _ in range(2 if dies else 3):
+        heard = set()
+        while len(heard) < (2 if dies else 3):
             rank, message, error = results.get(timeout=120)
+            if rank in heard:  # it has found its peers gone, on its way out
+                continue
+            heard.add(rank)
             assert error is None, error
             bucket = r"\d+" if rank == 1 else "[12]"  # the sleeper finds what the others had sent before they gave up
             assert re.match(rf"refit stopped on rank {rank} in phase transfer, bucket {bucket} of \d+: ", message)

@@ -10,8 +10,19 @@ from torch import Tensor, nn
 
 from balcap_mega.errors import UserError
 from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.refit.exchange import (
+    Exchange,
+    ProcessGroupExchange,
+    SharedMemoryExchange,
+    all_to_all,
+    meet,
+    split_sizes,
+    wait,
+    world_size,
+)
 from balcap_mega.rollout.refit.pieces import CorruptPieces, Write, checksums, rectangle
 from balcap_mega.rollout.refit.plan import Bucket, Piece, RefitPlan
+from balcap_mega.rollout.refit.shared_memory import share_memory
 
 BUCKET_BYTES = 2**28
 
@@ -70,6 +81,9 @@ class Refit:
         self._verify_every = verify_every
         self._runs = 0
         self._dtype = engine.dtype
+        self._memory = None
+        if world_size() > 1 and engine.device.type == "cpu":
+            self._memory = share_memory(2 * plan.packed_elements * engine.dtype.itemsize)
         init_info = {"target_elements": plan.target_elements, "dtype": engine.dtype}
         self._rpc("init_weight_transfer_engine", init_info=init_info)
 
@@ -102,36 +116,30 @@ class Refit:
 
     def _transfer(self) -> None:
         """Bucket k + 1 is packed and on its way while bucket k is written."""
-        buckets = self._plan.buckets
-        buffers = [self._empty(self._plan.buffer_elements) for _ in range(min(2, len(buckets)))]
-        ahead: _Exchange | None = None
+        exchange, buckets = self._exchange(), self._plan.buckets
+        self._buffer_bytes = exchange.buffer_bytes
         for number, bucket in enumerate(buckets):
-            if ahead is None:
-                ahead = self._launch(number, bucket, buffers[0])
-            current, ahead = ahead, None
+            if number == 0:
+                self._launch(exchange, number)
             if number + 1 < len(buckets):
-                ahead = self._launch(number + 1, buckets[number + 1], buffers[(number + 1) % 2])
+                self._launch(exchange, number + 1)
             with self._naming("transfer", number):
-                self._wait(current.work)
-                update = {"writes": self._writes(bucket, current.received), "checksums": None}
+                update = {"writes": self._writes(bucket, exchange.receive(number)), "checksums": None}
                 if self._verify:
                     update["checksums"] = self._expected_checksums(bucket)
                 self._rpc("update_weights", update_info=update)
 
-    def _launch(self, number: int, bucket: Bucket, buffer: Tensor) -> "_Exchange":
-        with self._naming("transfer", number):
-            send = buffer[: bucket.send_elements]
-            received = buffer[bucket.send_elements :][: bucket.receive_elements]
-            if bucket.sends:
-                torch._foreach_copy_(_unpack(send, bucket.sends), self._sources(bucket.sends))
-            if _world_size() == 1:
-                return _Exchange(None, received)
-            sends = _split_sizes((piece.target_rank, piece.elements) for piece in bucket.sends)
-            receives = _split_sizes((piece.source_rank, piece.elements) for piece in bucket.receives)
-            return _Exchange(_exchange(send, sends, received, receives), received)
+    def _exchange(self) -> Exchange:
+        if self._memory is not None:
+            return SharedMemoryExchange(self._plan, self._sources, self._dtype, self._memory, self._timeout)
+        return ProcessGroupExchange(self._plan, self._sources, self._dtype, self._engine.device, self._timeout)
 
-    def _writes(self, bucket: Bucket, received: Tensor) -> list[Write]:
-        values = [*self._sources(bucket.local), *_unpack(received, bucket.receives)]
+    def _launch(self, exchange: Exchange, number: int) -> None:
+        with self._naming("transfer", number):
+            exchange.launch(number)
+
+    def _writes(self, bucket: Bucket, received: Sequence[Tensor]) -> list[Write]:
+        values = [*self._sources(bucket.local), *received]
         pieces = (*bucket.local, *bucket.receives)
         return [Write(piece.target, tensor) for piece, tensor in zip(pieces, values, strict=True)]
 
@@ -141,33 +149,17 @@ class Refit:
     def _expected_checksums(self, bucket: Bucket) -> Tensor:
         """[n, 2] of the bucket's local pieces, then of its received ones as their senders computed them."""
         local = checksums(self._sources(bucket.local), self._dtype)
-        if _world_size() == 1:
+        if world_size() == 1:
             return local
         sent = checksums(self._sources(bucket.sends), self._dtype).flatten().to(self._engine.device)
         received = sent.new_empty(2 * len(bucket.receives))
-        sends = _split_sizes((piece.target_rank, 2) for piece in bucket.sends)
-        receives = _split_sizes((piece.source_rank, 2) for piece in bucket.receives)
-        self._wait(_exchange(sent, sends, received, receives))
+        sends = split_sizes((piece.target_rank, 2) for piece in bucket.sends)
+        receives = split_sizes((piece.source_rank, 2) for piece in bucket.receives)
+        wait(all_to_all(sent, sends, received, receives), self._timeout)
         return torch.cat([local, received.cpu().view(-1, 2)])
 
-    def _empty(self, elements: int) -> Tensor:
-        return torch.empty(elements, dtype=self._dtype, device=self._engine.device)
-
     def _meet(self) -> None:
-        """Return when every rank is here, which a rank that died or stalled on its own never is."""
-        if _world_size() > 1:
-            self._wait(torch.distributed.all_reduce(torch.zeros(1, device=self._engine.device), async_op=True))
-
-    def _wait(self, work) -> None:
-        """Wait at most `timeout_seconds`. NCCL's own wait returns at once and leaves a dead peer to its watchdog."""
-        if work is None:
-            return
-        deadline = time.monotonic() + self._timeout
-        while not work.is_completed():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"another rank sent nothing for {self._timeout:g} s")
-            time.sleep(1e-4)
-        work.wait()
+        meet(self._engine.device, self._timeout)
 
     @contextmanager
     def _naming(self, phase: str, bucket: int | None = None) -> Iterator[None]:
@@ -197,16 +189,8 @@ class Refit:
             sent_bytes=plan.sent_elements * size,
             received_bytes=plan.received_elements * size,
             lower_bound_bytes=plan.lower_bound_elements * size,
-            buffer_bytes=plan.buffer_elements * size * min(2, len(plan.buckets)),
+            buffer_bytes=self._buffer_bytes,
         )
-
-
-@dataclass(frozen=True)
-class _Exchange:
-    """A bucket under way; `received` holds its pieces once `work` is done."""
-
-    work: torch.distributed.Work | None
-    received: Tensor
 
 
 class _Clock:
@@ -224,37 +208,3 @@ class _Clock:
     def move(self, seconds: float, source: str, target: str) -> None:
         self.seconds[source] -= seconds
         self.seconds[target] += seconds
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def _split_sizes(amounts: Iterator[tuple[int, int]]) -> list[int]:
-    sizes = [0] * _world_size()
-    for rank, amount in amounts:
-        sizes[rank] += amount
-    return sizes
-
-
-def _exchange(send: Tensor, sends: list[int], received: Tensor, receives: list[int]):
-    """Every rank's share of `send`, in rank order, to that rank; bytes, which every backend can carry."""
-    size = send.element_size()
-    return torch.distributed.all_to_all_single(
-        received.view(torch.uint8),
-        send.view(torch.uint8),
-        [elements * size for elements in receives],
-        [elements * size for elements in sends],
-        async_op=True,
-    )
-
-
-def _unpack(buffer: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
-    """Views of `buffer`, one after the other, as [rows, cols] of each piece."""
-    parts = buffer.split([piece.elements for piece in pieces]) if pieces else ()
-    return [part.view(_shape(piece)) for part, piece in zip(parts, pieces, strict=True)]
-
-
-def _shape(piece: Piece) -> tuple[int, int]:
-    (top, bottom), (left, right) = piece.source.rows, piece.source.cols
-    return bottom - top, right - left
