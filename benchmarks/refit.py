@@ -2,14 +2,17 @@
 
     python benchmarks/refit.py [--model 3b|7b|32b|72b] [--gib 1.5] [--json FILE]
     torchrun --nproc-per-node 2 benchmarks/refit.py --pipeline 2 --engine-tensor 1
+    python benchmarks/refit.py --all-layouts [--json FILE]      # every pair of layouts, one after the other
 
 The model has the widths and vocabulary of Qwen2.5-VL and as many layers as fit `--gib` of weights. On a CPU `finalise`
-is vLLM's packing of linears for its kernels.
+is vLLM's packing of linears for its kernels. A transfer is held against a plain copy: the bytes that a rank writes,
+against `copy_` of as many bytes by as many ranks at the same time; the slowest rank counts on either side.
 """
 
 import argparse
 import json
-import math
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from balcap_mega.models.architecture import Architecture
@@ -27,9 +31,14 @@ from balcap_mega.parallel.groups import initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit
-from balcap_mega.rollout.refit.transfer import RefitReport
+from balcap_mega.rollout.refit.transfer import BUCKET_BYTES, RefitReport
 
 VOCABULARY = 152064
+LAYOUTS = (
+    # ranks, Megatron TP and PP, vLLM TP
+    (1, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (4, 2, 2, 1),
+    (2, 1, 1, 2), (2, 2, 1, 2), (2, 1, 2, 2), (4, 2, 2, 2),
+)  # fmt: skip
 WIDTHS = {
     # hidden, intermediate, heads, key/value heads, layers, tied embeddings
     "3b": (2048, 11008, 16, 2, 36, True),
@@ -67,31 +76,63 @@ def write_checkpoint(folder: Path, model: str, gib: float) -> Architecture:
     return architecture
 
 
-def copy_bandwidth(device: torch.device, gib: float = 0.5, repeats: int = 5) -> float:
-    """Bytes a second of a plain `copy_` between two tensors of `gib`, the best of some."""
-    source = torch.ones(int(gib * 2**30 / 2), dtype=torch.bfloat16, device=device)
-    target = torch.zeros_like(source)
-    best = math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return source.nbytes / best
+def copy_bandwidth(device: torch.device, source: Tensor, target: Tensor) -> float:
+    """Bytes a second of a plain `copy_`, while every other rank does the same; the slowest rank's."""
+    torch.distributed.barrier()
+    start = time.perf_counter()
+    target.copy_(source)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return source.nbytes / slowest(time.perf_counter() - start, device)
 
 
-def summary(report: RefitReport, bandwidth: float) -> dict:
+def slowest(seconds: float, device: torch.device) -> float:
+    """The largest of all ranks' `seconds`, on every rank."""
+    found = torch.tensor(seconds, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return found.item()
+
+
+def phases(seconds: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Each phase's seconds on the slowest rank; what a rank waits while another one packs layers is finalising too."""
+    together = slowest(seconds["transfer"] + seconds["finalise"], device)
+    found = {phase: slowest(taken, device) for phase, taken in seconds.items()}
+    return found | {"transfer": together - found["finalise"]}
+
+
+def summary(report: RefitReport, seconds: dict[str, float], bandwidth: float) -> dict:
     """`report` with GB/s of each phase over the bytes written, and the transfer as a fraction of a plain copy."""
     written = report.local_bytes + report.received_bytes
-    rates = {phase: written / seconds / 1e9 for phase, seconds in report.seconds.items() if seconds > 1e-3}
+    rates = {phase: written / taken / 1e9 for phase, taken in seconds.items() if taken > 1e-3}
     return asdict(report) | {
+        "seconds": seconds,
         "written_bytes": written,
         "gigabytes_per_second": rates,
         "copy_gigabytes_per_second": bandwidth / 1e9,
-        "transfer_fraction_of_copy": written / report.seconds["transfer"] / bandwidth,
-        "total_seconds": sum(report.seconds.values()),
+        "transfer_fraction_of_copy": written / seconds["transfer"] / bandwidth,
+        "total_seconds": sum(seconds.values()),
     }
+
+
+def run_all_layouts(args: argparse.Namespace) -> list[dict]:
+    """One `torchrun` a pair of layouts; the results, printed as a table too."""
+    results = []
+    for ranks, tensor, pipeline, engine_tensor in LAYOUTS:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            command += [__file__, "--model", args.model, "--gib", str(args.gib), "--repeats", str(args.repeats)]
+            command += ["--bucket-mib", str(args.bucket_mib), "--tensor", str(tensor), "--pipeline", str(pipeline)]
+            command += ["--engine-tensor", str(engine_tensor), "--json", file.name]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            results.append(json.loads(Path(file.name).read_text(encoding="utf-8")))
+        result = results[-1]
+        print(
+            f"Megatron TP{tensor} PP{pipeline} -> vLLM TP{engine_tensor}, {ranks} ranks: "
+            f"{result['received_bytes'] / result['written_bytes']:4.0%} of the bytes from other ranks, transfer "
+            f"{result['seconds']['transfer']:.3f} s, {result['transfer_fraction_of_copy']:4.0%} of a plain copy",
+            flush=True,
+        )
+    return results
 
 
 def main() -> None:
@@ -101,11 +142,18 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--engine-tensor", type=int, default=1)
-    parser.add_argument("--bucket-mib", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bucket-mib", type=int, default=BUCKET_BYTES // 2**20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--all-layouts", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    result = run_all_layouts(args) if args.all_layouts else run(args)
+    if args.json and (args.all_layouts or torch.distributed.get_rank() == 0):
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
+
+def run(args: argparse.Namespace) -> dict:
+    """One pair of layouts, on the ranks that are there."""
     platform = Platform.resolve("auto")
     parallel = ParallelConfig(tensor=args.tensor, pipeline=args.pipeline)
     initialize_parallel(parallel, platform)
@@ -131,12 +179,16 @@ def main() -> None:
         for parameter in policy.parameters():
             parameter.uniform_(-0.02, 0.02)
     refit = build_refit(policy, engine, parallel, bucket_bytes=args.bucket_mib * 2**20)
-    bandwidth = copy_bandwidth(platform.device)
-    reports = []
-    for _ in range(args.repeats):
+    source = torch.ones(2**27, dtype=torch.bfloat16, device=platform.device)
+    target = torch.zeros_like(source)
+    bandwidths, times, reports = [], [], []
+    for _ in range(args.repeats):  # in turn, so that a busy machine slows both
+        bandwidths.append(copy_bandwidth(platform.device, source, target))
         engine.sleep()
         reports.append(refit.run())
-    best = summary(min(reports, key=lambda report: report.seconds["transfer"]), bandwidth)
+        times.append(phases(reports[-1].seconds, platform.device))
+    bandwidth = max(bandwidths)
+    best = summary(reports[-1], min(times, key=lambda seconds: seconds["transfer"]), bandwidth)
     result = {
         "model": args.model,
         "layers": architecture.num_layers,
@@ -155,8 +207,7 @@ def main() -> None:
         print(f"  plain copy_          {bandwidth / 1e9:7.2f} GB/s")
         print(f"  transfer / copy_     {best['transfer_fraction_of_copy']:7.0%}")
         print(f"  received {best['received_bytes'] / 1e9:.3f} GB, at least {best['lower_bound_bytes'] / 1e9:.3f} GB")
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
 
 
 if __name__ == "__main__":

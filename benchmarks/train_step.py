@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py [--json FILE] [--cases grid step trl]
 
-grid  one optimizer step on the same rollouts, shared and unshared: trained tokens, FLOPs, wall time, memory; image
-      tokens 64, 576 and 1,280, G = 1, 4, 8 and 16; Qwen2.5-VL of 4 layers x 256, float32, two images.
+grid  packing and one optimizer step on the same rollouts, shared and unshared: trained tokens, FLOPs, wall time and
+      memory; image tokens 64, 576 and 1,280, G = 1, 4, 8 and 16; Qwen2.5-VL of 4 layers x 256, float32, two images.
 step  rollouts by vLLM, then the update, shared and unshared: LLaVA of 4 layers x 256, 576 image tokens, float32.
 trl   the same as `step` by TRL's GRPOTrainer on the same checkpoint, in a process of its own (needs `trl`).
 
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,19 +121,19 @@ class Bench:
         return builder.from_rollouts(prompts, groups, advantages, updates=1).minibatches[0]
 
     def compare(self, examples, groups: Sequence[RolloutGroup], repeats: int) -> dict[str, float]:
-        """Shared and unshared in turn, so that a busy machine slows both; the fastest of each counts."""
-        batches = {
-            name: self.microbatches(examples, groups, shared=name == "shared") for name in ("unshared", "shared")
-        }
+        """Packing and update, shared and unshared in turn, so that a busy machine slows both; the fastest counts."""
+        names = ("unshared", "shared")
+        self.learner.update(self.microbatches(examples[:1], groups[:1], shared=True))  # the optimizer's state is there
         result: dict[str, float] = {}
-        for name, batch in batches.items():
-            result |= {f"{name}_tokens": sum(len(m.row.tokens) for m in batch), f"{name}_gflops": self.gflops(batch)}
-            result[f"{name}_peak_mib"] = peak_mib(lambda batch=batch: self.learner.update(batch))
-        seconds = {name: [] for name in batches}
+        for name in names:
+            batch = self.microbatches(examples, groups, shared=name == "shared")
+            result[f"{name}_tokens"] = sum(len(microbatch.row.tokens) for microbatch in batch)
+            result[f"{name}_gflops"], result[f"{name}_peak_mib"] = peak_mib(lambda batch=batch: self.gflops(batch))
+        seconds = {name: [] for name in names}
         for _ in range(repeats):
-            for name, batch in batches.items():
+            for name in names:
                 start = time.perf_counter()
-                self.learner.update(batch)
+                self.learner.update(self.microbatches(examples, groups, shared=name == "shared"))
                 seconds[name].append(time.perf_counter() - start)
         result |= {f"{name}_seconds": round(min(taken), 3) for name, taken in seconds.items()}
         result["speedup"] = round(result["unshared_seconds"] / result["shared_seconds"], 2)
@@ -152,18 +152,16 @@ class Bench:
         return round((counter.get_total_flops() + attention) / 1e9, 1)
 
 
-def peak_mib(run) -> float:
-    """Memory that `run` takes on top of what is held before it."""
+def peak_mib(run: Callable[[], float]) -> tuple[float, float]:
+    """What `run` returns, and the memory that it takes on top of what is held before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        return run(), round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the resident set's high-water mark
     before = _status_mib("VmRSS")
-    run()
-    return round(_status_mib("VmHWM") - before, 1)
+    return run(), round(_status_mib("VmHWM") - before, 1)
 
 
 def _status_mib(key: str) -> float:
@@ -179,8 +177,22 @@ def run_grid(folder: Path, caption_tokens: int, repeats: int) -> list[dict[str, 
             groups = random_rollouts(bench.processor, examples, group, caption_tokens)
             setting = {"image_tokens": image_tokens, "prefix": len(groups[0].prompt_token_ids), "group": group}
             results.append(setting | bench.compare(examples, groups, repeats))
-            print(json.dumps(results[-1]), flush=True)
+            print(f"measured {setting}", file=sys.stderr, flush=True)
     return results
+
+
+def grid_table(results: Sequence[dict[str, float]]) -> str:
+    """One line a setting: tokens, work, time and memory with a prefix for every caption, and with each prefix once."""
+    heads = ("prefix", "G", "tokens", "shared", "GFLOP", "shared", "s", "shared", "MiB", "shared", "speed-up")
+    lines = ["".join(f"{head:>10}" for head in heads)]
+    for result in results:
+        pairs = [
+            f"{result[f'{name}_{column}']:>10,}"
+            for column in ("tokens", "gflops", "seconds", "peak_mib")
+            for name in ("unshared", "shared")
+        ]
+        lines.append(f"{result['prefix']:>10,}{result['group']:>10}{''.join(pairs)}{result['speedup']:>10}")
+    return "\n".join(lines)
 
 
 def run_step(folder: Path, images: int, group: int, caption_tokens: int, repeats: int) -> dict[str, float]:
@@ -202,10 +214,7 @@ def run_step(folder: Path, images: int, group: int, caption_tokens: int, repeats
         generation.append(time.perf_counter() - start)
     assert all(len(rollout.token_ids) == caption_tokens for found in groups for rollout in found.rollouts)
     result = {"generation_seconds": round(min(generation), 3)} | bench.compare(examples, groups, repeats)
-    start = time.perf_counter()
-    bench.microbatches(examples, groups, shared=True)
-    result["packing_seconds"] = round(time.perf_counter() - start, 3)
-    step_seconds = result["generation_seconds"] + result["packing_seconds"] + result["shared_seconds"]
+    step_seconds = result["generation_seconds"] + result["shared_seconds"]
     samples_per_second = round(images * group / step_seconds, 2)
     return result | {"step_seconds": round(step_seconds, 3), "samples_per_second": samples_per_second}
 
@@ -232,6 +241,7 @@ def main() -> None:
         llava = write_model(Path(temporary) / "llava", "llava")
         if "grid" in arguments.cases:
             results["grid"] = run_grid(Path(temporary) / "qwen2_5_vl", arguments.caption_tokens, arguments.repeats)
+            print(grid_table(results["grid"]), flush=True)
         if "step" in arguments.cases:
             results["step"] = run_step(llava, *sizes, arguments.repeats)
             print(json.dumps(results["step"]), flush=True)
