@@ -92,7 +92,7 @@ def run_config(folder: Path, arguments: argparse.Namespace) -> RunConfig:
         },
         parallel={
             "tensor": arguments.tensor, "pipeline": arguments.pipeline, "sequence": arguments.sequence,
-            "offload": True if arguments.offload else "auto",
+            "offload": "always" if arguments.offload else "auto",
         },
         data={"train_size": 2**16},
         rollout={

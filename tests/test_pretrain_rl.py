@@ -93,7 +93,7 @@ def test_interrupted_run_continues_to_the_same_weights(finished, tmp_path):
     layout, whose sums round otherwise, ends near there.
     """
     output, moved = tmp_path / "interrupted", tmp_path / "moved"
-    started = command(output, "parallel.offload=true")
+    started = command(output, "parallel.offload=always")
     process = subprocess.Popen(
         started, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -109,7 +109,7 @@ def test_interrupted_run_continues_to_the_same_weights(finished, tmp_path):
     assert len(rows(output)) < 3, "the run was to stop early"
     shutil.copytree(output, moved)
 
-    done = train(output, "parallel.offload=true")
+    done = train(output, "parallel.offload=always")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert list(map(without_timing, rows(output))) == list(map(without_timing, rows(finished)))
     ours, theirs = weights(output / "policy"), weights(finished / "policy")

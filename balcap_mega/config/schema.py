@@ -59,7 +59,7 @@ class ParallelConfig(Section):
     pipeline: Positive = 1
     sequence: bool = False
     distributed_optimizer: bool = True
-    offload: Literal["auto"] | bool = "auto"
+    offload: Literal["auto", "always", "never"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: Positive = 540
     silence_seconds: Annotated[int, Field(ge=5)] = 60
@@ -102,7 +102,7 @@ class RolloutConfig(Section):
     """vLLM: prompts a step, captions a prompt, and how they are sampled.
 
     memory_fraction: what the engine may take of a GPU, weights and cache and all. The learner's weights stay beside it;
-        what else the learner needs does not, unless `parallel.offload` is off.
+        what else the learner needs does not, unless `parallel.offload` is never.
     """
 
     prompts_per_step: Positive = 64

@@ -22,7 +22,7 @@ HOST_BLOCK_BYTES = 2**28
 
 def takes_turns(config: ParallelConfig, platform: Platform) -> bool:
     """Whether engine and learner take turns in the device's memory, as `parallel.offload` says."""
-    return platform.is_cuda if config.offload == "auto" else config.offload
+    return platform.is_cuda if config.offload == "auto" else config.offload == "always"
 
 
 class OptimizerOffload:

@@ -133,7 +133,7 @@ class Learner:
         """Free what only updates need: gradients, and the optimizer's state, which waits in host memory.
 
         Until `onload` the weights can be read and scored with, but not updated, saved or loaded. Nothing where
-        `parallel.offload` is off, or when it is done already.
+        `parallel.offload` says never, or when it is done already.
         """
         if self.takes_turns:
             with self.platform.megatron():
