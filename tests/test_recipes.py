@@ -1,4 +1,4 @@
-"""The paper's three runs in miniature: their own configuration files, a tiny model, real photos, a local judge."""
+"""The recipes in miniature: their own configuration files, a tiny model, real photos, a local judge."""
 
 import json
 import subprocess
@@ -13,7 +13,13 @@ from tests.judge_server import Fault, JudgeServer, RuleJudge
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "tests" / "data" / "photos.jsonl"
-RECIPES = {"llava15_7b": "llava", "qwen2_5_vl_3b": "qwen2_5_vl", "qwen2_5_vl_7b": "qwen2_5_vl"}
+RECIPES = {
+    "llava15_7b": "llava",
+    "qwen2_5_vl_3b": "qwen2_5_vl",
+    "qwen2_5_vl_7b": "qwen2_5_vl",
+    "qwen2_5_vl_32b": "qwen2_5_vl",
+    "qwen2_5_vl_72b": "qwen2_5_vl",
+}
 
 
 def miniature(model: Path, output: Path, base_url: str) -> list[str]:
