@@ -158,9 +158,7 @@ def test_command_line(tmp_path):
     assert pasted == best["overrides"]
     layout = Layout.of(recipe("qwen2_5_vl_3b", *pasted))
     assert vars(layout) == best["layout"]
-    done = subprocess.run(
-        [*command, "packing.row_tokens=65536"], cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
+    done = subprocess.run([*command, "packing.row_tokens=65536"], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 2 and "error: out of memory in update by" in done.stderr
 
 

@@ -133,9 +133,7 @@ def test_weights_gradients_optimizer_and_activations_are_what_megatron_allocates
             assert sum(held["optimizer"] for held in parts) == stages[stage]["optimizer"] * len(parts), (keys, stage)
     for number, (keys, recompute) in enumerate(cases):
         parallel = ParallelConfig(**keys)
-        activations = Activations(
-            architecture, parallel.tensor, parallel.sequence, recompute, transformer_engine=False
-        )
+        activations = Activations(architecture, parallel.tensor, parallel.sequence, recompute, transformer_engine=False)
         for _, kept in ranks:
             tokens, size = kept[number]
             assert size == sum(activations.layer(tokens).values()), (keys, recompute)

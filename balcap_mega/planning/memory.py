@@ -104,7 +104,8 @@ def predict_memory(
             Moment(
                 "refit",
                 stage,
-                base | {"buckets": 2 * BUCKET_BYTES}
+                base
+                | {"buckets": 2 * BUCKET_BYTES}
                 | ({"engine": engine_weights, "asleep": ASLEEP} if turns else state | {"engine": awake}),
             ),
         ]

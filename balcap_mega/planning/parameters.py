@@ -55,9 +55,7 @@ class ParameterCounts:
     def _engine(self, tensor: int) -> int:
         """Of one rank of a vLLM engine. Vision towers of Qwen2.5-VL are whole on each."""
         whole_vision = self.architecture.family == "qwen2_5_vl" and tensor > 1
-        blocks = vllm_blocks(
-            self.architecture, tensor_rank=0, tensor_size=tensor, vision_data_parallel=whole_vision
-        )
+        blocks = vllm_blocks(self.architecture, tensor_rank=0, tensor_size=tensor, vision_data_parallel=whole_vision)
         return sum(map(_elements, blocks))
 
 

@@ -101,9 +101,7 @@ class Planner:
         self.architecture.check_layout(config.parallel)
         check_fp8(self.architecture, config.model, config.parallel)
         rows = pack_for(config, self.architecture, self.workload, world)
-        memory = predict_memory(
-            config, self.architecture, self.counts, self.workload, rows, self.cluster.gpu
-        )
+        memory = predict_memory(config, self.architecture, self.counts, self.workload, rows, self.cluster.gpu)
         self._check_memory(memory, config)
         update = self._once(lambda: self._update(config, rows), config.parallel, config.model, config.packing)
         seconds = self._seconds(config, memory, rows, sum(update.values()))
@@ -152,9 +150,7 @@ class Planner:
         generation = Generation(
             self.architecture, cluster, engine_tensor, 1 if config.rollout.fp8 else 2, memory.cache_tokens
         )
-        rollout = self._once(
-            lambda: generation.seconds(self.workload, cluster.gpus // engine_tensor), config.rollout
-        )
+        rollout = self._once(lambda: generation.seconds(self.workload, cluster.gpus // engine_tensor), config.rollout)
         judged = self.workload.captions / self.captions_per_second if self.captions_per_second else 0.0
         # The optimizer's state goes and comes; the engine's weights do, as it falls asleep and wakes up.
         host = memory.swapped / cluster.gpu.host

@@ -83,9 +83,7 @@ def _reported_flops(model: Architecture, sequences: int, length: int) -> float:
 def _passes(model: Architecture, cluster: Cluster, tensor: int, pipeline: int, data: int, **options) -> Passes:
     """Data-parallel reductions hidden, weight gradients fused, as NVIDIA's recipes have it."""
     for_compute = {name: options.pop(name) for name in ("recompute", "fp8", "hides_tensor") if name in options}
-    compute = Compute(
-        model, cluster, tensor, sequence=tensor > 1, logit_bytes=UNFUSED_LOGIT_BYTES, **for_compute
-    )
+    compute = Compute(model, cluster, tensor, sequence=tensor > 1, logit_bytes=UNFUSED_LOGIT_BYTES, **for_compute)
     layers = tuple(model.num_layers // pipeline for _ in range(pipeline))
     parameters = (sum(layers) * layer_weights(model) / pipeline + head_weights(model)) / tensor
     return Passes(compute, layers, data, parameters, fused_gradients=True, hides_data=True, **options)
@@ -130,7 +128,13 @@ class RlRun:
         )  # fmt: skip
         data = gpus // (self.tensor * self.pipeline)
         passes = _passes(
-            self.model, cluster, self.tensor, self.pipeline, data, recompute=self.recompute, fp8=self.fp8,
+            self.model,
+            cluster,
+            self.tensor,
+            self.pipeline,
+            data,
+            recompute=self.recompute,
+            fp8=self.fp8,
             speed=efficiency.rows,
         )
         rows = pack(workload, (4096, self.tensor, data, self.model.hidden_size))
@@ -162,7 +166,9 @@ def _elements(model: Architecture) -> float:
 def _megatron(heads: int, hidden: int, layers: int, tensor: int, pipeline: int, batch: int, value: float, fitted=False):
     model = text_model(layers, hidden, round(8 * hidden / 3), heads, heads, 131072)
     predict = pretraining(model, tensor, pipeline, 48, batch, 4096, hides_tensor=True)
-    return Published(MEGATRON, f"{layers} layers x {hidden}, TP{tensor} PP{pipeline} DP48", value, TFLOPS, predict, fitted)
+    return Published(
+        MEGATRON, f"{layers} layers x {hidden}, TP{tensor} PP{pipeline} DP48", value, TFLOPS, predict, fitted
+    )
 
 
 def _bridge(name: str, model: Architecture, tensor, pipeline, data, batch, chunks, value: float, fitted=False):

@@ -106,7 +106,9 @@ def print_published(console: Console, rows: Sequence[Published]) -> None:
     for row in rows:
         predicted = row.value * (1 + row.error())
         fitted = "fitted" if row.fitted else ""
-        table.add_row(row.source, row.name, f"{row.value:g}", f"{predicted:.4g}", row.unit, f"{row.error():+.1%}", fitted)
+        table.add_row(
+            row.source, row.name, f"{row.value:g}", f"{predicted:.4g}", row.unit, f"{row.error():+.1%}", fitted
+        )
     console.print(table)
     worst = max(rows, key=lambda row: abs(row.error()))
     held_out = sum(not row.fitted for row in rows)

@@ -152,9 +152,7 @@ def pack(workload: Workload, config_rows: tuple[int, int, int, int]) -> Rows:
     lengths = workload.lengths(workload.captions // workload.updates)
     random.Random(0).shuffle(lengths)
     starts = range(0, len(lengths), workload.group)
-    groups = [
-        GroupLengths(workload.prefix_tokens, tuple(lengths[start : start + workload.group])) for start in starts
-    ]
+    groups = [GroupLengths(workload.prefix_tokens, tuple(lengths[start : start + workload.group])) for start in starts]
     plan = plan_rows(
         groups,
         row_tokens=row_tokens,
@@ -165,7 +163,9 @@ def pack(workload: Workload, config_rows: tuple[int, int, int, int]) -> Rows:
     )
     ranks = [[_work(row, groups, pad_to) for row in rows] for rows in plan.rows]
     costliest = max(ranks, key=lambda rows: sum(6 * hidden_size * row.tokens + row.pairs for row in rows))
-    return Rows(len(costliest), reduce(add, costliest), max(costliest, key=lambda row: row.tokens), data_size, plan.imbalance)
+    return Rows(
+        len(costliest), reduce(add, costliest), max(costliest, key=lambda row: row.tokens), data_size, plan.imbalance
+    )
 
 
 def pack_for(config: RunConfig, architecture: Architecture, workload: Workload, world: int) -> Rows:
