@@ -7,8 +7,8 @@
     python launch/plan.py --measured ROWS.json                                     measured against predicted
     python launch/plan.py --published                                              published against predicted
 
-Where model.path is not on this machine, its name says which released model is meant. A layout that the run would refuse,
-or that does not fit, ends with status 2 and the reason.
+Where model.path is not on this machine, its name says which released model is meant. A layout that the run would
+refuse, or that does not fit, ends with status 2 and the reason.
 """
 
 import argparse

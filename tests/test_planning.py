@@ -80,8 +80,9 @@ def test_a_search_tries_everything_and_keeps_its_reasons():
     assert all(refusal.reason for refusal in found.refusals)
     seconds = [plan.step_seconds for plan in found.plans]
     assert seconds == sorted(seconds) and found.best in found.plans
+    too_large = search(Planner.of(recipe("qwen2_5_vl_72b"), Cluster(1)))
     with pytest.raises(UserError, match="no layout of this run fits"):
-        search(Planner.of(recipe("qwen2_5_vl_72b"), Cluster(1))).best
+        print(too_large.best)
 
 
 def test_more_work_and_fewer_gpus_never_take_less():
@@ -142,7 +143,7 @@ def test_measured_rows_are_compared_and_carried_over_to_a_cluster(tmp_path):
     carried = Planner.of(config, replace(Cluster(2), efficiency=slow.efficiency())).plan(layout).update_seconds
     assert carried["train"] > 1.8 * assumed["train"]
     path.write_text('[{"model": "qwen2_5_vl_3b"}]')
-    with pytest.raises(UserError, match="holds no rows of benchmarks/throughput.py"):
+    with pytest.raises(UserError, match="holds no rows of benchmarks"):
         read_rows(path)
 
 

@@ -4,9 +4,8 @@ arXiv:2205.05198), for grouped-query attention, SwiGLU and flash attention that 
 from dataclasses import dataclass
 
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.planning.hardware import BF16, FP32
 from balcap_mega.planning.workload import Work
-
-BF16, FP32 = 2, 4
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Activations:
         stream = BF16 * tokens * self.architecture.hidden_size / self._sequence_ranks
         if self.recompute == "full":
             return {"input": stream}
-        # Attention recomputed alone keeps its inputs and its output, which are all it would have kept but its statistics.
+        # Attention recomputed alone still keeps its inputs and its output: all it would have kept but its statistics.
         kept = self._layer(tokens)
         return {name: size for name, size in kept.items() if name != "statistics" or self.recompute == "none"}
 

@@ -8,16 +8,10 @@ Engine's user buffers, which overlap these too and which this framework does not
 from dataclasses import dataclass
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.planning.flops import (
-    attention_forward,
-    head_weights,
-    layer_weights,
-    vision_forward,
-)
-from balcap_mega.planning.hardware import Cluster
+from balcap_mega.planning.flops import attention_forward, head_weights, layer_weights, vision_forward
+from balcap_mega.planning.hardware import BF16, Cluster
 from balcap_mega.planning.workload import Work
 
-BF16 = 2
 ELEMENTWISE_BACKWARD = 2
 """The backward pass reads what the forward pass read, and the gradient beside it."""
 
@@ -56,16 +50,20 @@ class Compute:
         # A logit is written, read for statistics, and read and written for its gradient.
         logit = self.logit_bytes * (1 if gemms > 1 else 0.5)
         logits = logit * work.responses * architecture.vocab_size / self.tensor
-        return flops / (self.cluster.gpu.matmul * efficiency.gemm) + self._moved(logits) + self._exposed(work, 2)
+        return flops / (self.cluster.gpu.matmul * efficiency.gemm) + self.moved(logits) + self._exposed(work, 2)
 
     def embedding(self, work: Work) -> float:
         """The lookup, and the images' places filled in."""
-        return self._moved(3 * BF16 * work.tokens * self.architecture.hidden_size) + self._exposed(work, 2)
+        return self.moved(3 * BF16 * work.tokens * self.architecture.hidden_size) + self._exposed(work, 2)
 
     def vision(self, images: float) -> float:
         """The frozen tower's forward pass over images, which the tensor-parallel ranks share out."""
         flops = images / self.tensor * vision_forward(self.architecture, self.image_tokens)
         return flops / (self.cluster.gpu.matmul * self.cluster.efficiency.gemm)
+
+    def moved(self, size: float) -> float:
+        """Elementwise work that reads and writes `size` bytes in all."""
+        return size / (self.cluster.gpu.memory_bandwidth * self.cluster.efficiency.elementwise)
 
     def _gemms(self, work: Work) -> float:
         """Of a layer's forward pass. Operands and results move before and after the tiles multiply: their time adds up,
@@ -85,10 +83,7 @@ class Compute:
         a = self.architecture
         stream = 10 * a.hidden_size / (self.tensor if self.sequence else 1)
         heads = 2 * (a.num_attention_heads + a.num_kv_heads) * a.head_dim / self.tensor
-        return self._moved(BF16 * work.tokens * (stream + heads + 3 * a.ffn_hidden_size / self.tensor))
-
-    def _moved(self, moved: float) -> float:
-        return moved / (self.cluster.gpu.memory_bandwidth * self.cluster.efficiency.elementwise)
+        return self.moved(BF16 * work.tokens * (stream + heads + 3 * a.ffn_hidden_size / self.tensor))
 
     def _exposed(self, work: Work, units: int) -> float:
         """A unit is a gather or a scatter of the hidden states; an all-reduce is two."""

@@ -46,10 +46,9 @@ def vision_forward(architecture: Architecture, image_tokens: int) -> float:
     shapes = vision_shapes(architecture)
     if architecture.family == "llava":
         depth = architecture.vision.vision_feature_layer % (config.num_hidden_layers + 1)
-        patches, unit, full_layers, window = image_tokens + 1, 1, depth, 0
+        patches, full_layers, window = image_tokens + 1, depth, 0
     else:
-        unit = config.spatial_merge_size**2
-        patches, full_layers = image_tokens * unit, len(config.fullatt_block_indexes)
+        patches, full_layers = image_tokens * config.spatial_merge_size**2, len(config.fullatt_block_indexes)
         depth, window = config.depth, (config.window_size // config.patch_size) ** 2
     flops = 0.0
     for name, shape in shapes.items():
@@ -58,6 +57,6 @@ def vision_forward(architecture: Architecture, image_tokens: int) -> float:
         if ".layers." in name and int(name.split(".layers.")[1].split(".")[0]) >= depth:
             continue  # LLaVA reads an earlier layer; what follows is never run
         merged = "merger" in name or "projector" in name
-        flops += 2 * math.prod(shape) * (patches / unit if merged else patches)
+        flops += 2 * math.prod(shape) * (image_tokens if merged else patches)
     pairs = full_layers * patches**2 + (depth - full_layers) * patches * window
     return flops + 4 * config.hidden_size * pairs

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.planning.flops import attention_forward, language_parameters, layer_weights, vision_forward
-from balcap_mega.planning.hardware import Cluster
+from balcap_mega.planning.hardware import BF16, Cluster
 from balcap_mega.planning.workload import Workload
 
-BF16 = 2
 AT_ONCE = 128
 """`max_num_seqs` of vLLM 0.32 for an engine built in process, as `rollout.engine` does, which leaves it at that."""
 

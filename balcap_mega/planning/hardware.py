@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 GIB = 2**30
+BF16, FP32 = 2, 4  # bytes
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from balcap_mega.planning.workload import Workload
 
 ASSUMPTIONS = (
     "a rank is as fast beside others as alone: only collectives, pipeline bubbles and uneven rows are added",
-    "shares of the hardware's rates do not depend on width, depth or tensor-parallel size beyond what GEMM traffic says",
+    "shares of the hardware's rates depend on width, depth and tensor-parallel size only by the GEMMs' own traffic",
     "collectives reach the assumed share of NVLink and of one 400 Gb/s adapter a GPU, on an otherwise idle network",
     "captions are exponentially long, and in every engine one runs to rollout.max_tokens",
     "the judge keeps up with generation unless told otherwise, and image decoding hides behind it",

@@ -1,7 +1,7 @@
 """Bytes on the most loaded rank of each pipeline stage, by part, at each moment of a step that could be the fullest.
 
-Engine and learner take turns unless `parallel.offload` is off: the engine sleeps while the learner trains, gradients and
-the optimizer's state leave the device while the engine generates, and the key/value cache while weights move.
+Engine and learner take turns unless `parallel.offload` is off: the engine sleeps while the learner trains, gradients
+and the optimizer's state leave the device while the engine generates, and the key/value cache while weights move.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from balcap_mega.algorithm.logits import CHUNK_BYTES
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.planning.activations import BF16, FP32, Activations
+from balcap_mega.planning.activations import Activations
 from balcap_mega.planning.generation import cache_bytes_per_token
-from balcap_mega.planning.hardware import GIB, Gpu
+from balcap_mega.planning.hardware import BF16, FP32, GIB, Gpu
 from balcap_mega.planning.parameters import ParameterCounts
 from balcap_mega.planning.workload import Rows, Workload
 from balcap_mega.rollout.refit.transfer import BUCKET_BYTES
@@ -74,45 +74,29 @@ def predict_memory(
 ) -> Memory:
     """Memory of a run whose data-parallel ranks train on `rows`."""
     parallel = config.parallel
-    stages = counts.stages(parallel.tensor, parallel.pipeline)
-    layers = architecture.layers_per_stage(parallel.pipeline)
-    activations = Activations(architecture, parallel.tensor, parallel.sequence, config.model.recompute)
-    data_size = rows.data_size
     engine_weights = engine_weight_bytes(config, architecture, counts)
     awake = config.rollout.memory_fraction * gpu.memory
     turns = parallel.offload is not False
     moments, hosts = [], []
-    for stage, parameters in enumerate(stages):
+    for stage, parameters in enumerate(counts.stages(parallel.tensor, parallel.pipeline)):
         base = {"weights": BF16 * parameters.total, "context": CONTEXT}
         trained = parameters.language + (0 if config.model.freeze_vision else parameters.vision)
-        shards = data_size if parallel.distributed_optimizer else 1
-        optimizer = OPTIMIZER_BYTES * trained / shards
-        features = BF16 * rows.total.images * workload.image_tokens * architecture.hidden_size * (stage == 0)
-        in_flight = min(parallel.pipeline - stage, rows.count)
-        backward = {
-            "activations": in_flight * layers[stage] * sum(activations.layer(rows.largest.tokens).values()),
-            "working": activations.working(rows.largest.tokens),
-            "image embeddings": features,
-        }
-        if stage == parallel.pipeline - 1:
-            backward["head"] = activations.head(rows.largest, CHUNK_BYTES["cuda"])
-        backward["fragmentation"] = FRAGMENTATION * sum(backward.values())
-        state = {"gradients": FP32 * trained, "optimizer": optimizer}
-        moments += [
-            Moment("rollout", stage, base | ({} if turns else state) | {"engine": awake}),
-            Moment("update", stage, base | state | backward | ({"asleep": ASLEEP} if turns else {"engine": awake})),
-            Moment(
-                "refit",
-                stage,
-                base
-                | {"buckets": 2 * BUCKET_BYTES}
-                | ({"engine": engine_weights, "asleep": ASLEEP} if turns else state | {"engine": awake}),
-            ),
-        ]
-        hosts.append(
-            ({"optimizer": optimizer, "engine": engine_weights} if turns else {})
-            | {"checkpoint": base["weights"] + optimizer}
-        )
+        shards = rows.data_size if parallel.distributed_optimizer else 1
+        state = {"gradients": FP32 * trained, "optimizer": OPTIMIZER_BYTES * trained / shards}
+        training = base | state | _backward(config, architecture, workload, rows, stage)
+        moving = base | {"buckets": 2 * BUCKET_BYTES}
+        if turns:
+            parts = {
+                "rollout": base | {"engine": awake},
+                "update": training | {"asleep": ASLEEP},
+                "refit": moving | {"engine": engine_weights, "asleep": ASLEEP},
+            }
+        else:
+            always = {"engine": awake}
+            parts = {"rollout": base | state | always, "update": training | always, "refit": moving | state | always}
+        moments += [Moment(name, stage, held) for name, held in parts.items()]
+        swapped = {"optimizer": state["optimizer"], "engine": engine_weights} if turns else {}
+        hosts.append(swapped | {"checkpoint": base["weights"] + state["optimizer"]})
     room = awake - engine_weights - ENGINE_WORKSPACE
     return Memory(
         tuple(moments),
@@ -120,6 +104,26 @@ def predict_memory(
         swapped=max(sum(parts.values()) - parts["checkpoint"] for parts in hosts),
         cache_tokens=room / cache_bytes_per_token(architecture, config.rollout.tensor_parallel),
     )
+
+
+def _backward(
+    config: RunConfig, architecture: Architecture, workload: Workload, rows: Rows, stage: int
+) -> dict[str, float]:
+    """What a stage's passes over rows take beyond weights, gradients and optimizer, 1F1B: the earlier a stage, the more
+    rows have passed it forward and not yet backward."""
+    parallel = config.parallel
+    activations = Activations(architecture, parallel.tensor, parallel.sequence, config.model.recompute)
+    layers = architecture.layers_per_stage(parallel.pipeline)[stage]
+    in_flight = min(parallel.pipeline - stage, rows.count)
+    parts = {
+        "activations": in_flight * layers * sum(activations.layer(rows.largest.tokens).values()),
+        "working": activations.working(rows.largest.tokens),
+    }
+    if stage == 0:  # kept for all of a step's passes
+        parts["image embeddings"] = BF16 * rows.total.images * workload.image_tokens * architecture.hidden_size
+    if stage == parallel.pipeline - 1:
+        parts["head"] = activations.head(rows.largest, CHUNK_BYTES["cuda"])
+    return parts | {"fragmentation": FRAGMENTATION * sum(parts.values())}
 
 
 def engine_weight_bytes(config: RunConfig, architecture: Architecture, counts: ParameterCounts) -> float:

@@ -24,7 +24,7 @@ from balcap_mega.planning.update import Passes
 from balcap_mega.planning.workload import Rows, Workload, pack_for
 
 PHASES = ("rollout", "swap", "rewards", "update", "refit")
-"""Of a step, as the trainer times them. "update" includes the vision tower and passes for old and reference logprobs."""
+"""Of a step, as the trainer times them. "update" has the vision tower and the passes for old and reference logprobs."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Planner:
         return cls(config, architecture, text, counts, cluster, workload, captions_per_second)
 
     def plan(self, layout: Layout) -> Plan:
-        """Predict one layout. Raises UserError where the run itself would refuse it, or where memory does not suffice."""
+        """Predict one layout. Raises UserError where the run itself would refuse it, or memory does not suffice."""
         config, world = layout.apply(self.config), self.cluster.gpus
         check_batch(config, world)
         check_shape(dict(self.text), config.parallel, config.rollout)

@@ -35,9 +35,9 @@ class Published:
     predict: Callable[[Efficiency], float]
     fitted: bool = False
 
-    def error(self, efficiency: Efficiency = Efficiency()) -> float:
+    def error(self) -> float:
         """The prediction over the published value, less one."""
-        return self.predict(efficiency) / self.value - 1
+        return self.predict(Efficiency()) / self.value - 1
 
 
 def text_model(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int) -> Architecture:
@@ -223,4 +223,4 @@ ROWS = (
     _whole_step("Qwen3 32B one step off policy, v0.5", replace(_RL_32B, gpus=64, response=3252, apart=True), 538),
     _whole_step("Qwen3 32B one step off policy, v0.4", replace(_RL_32B, gpus=64, response=3207, apart=True), 494),
 )
-"""Every dense row on H100s of these tables, but for Llama 3.1 405B, whose context parallelism the planner does not know."""
+"""Every dense row on H100s of these tables, but for Llama 3.1 405B: the planner knows no context parallelism."""

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from balcap_mega.planning.compute import BF16, Compute
+from balcap_mega.planning.compute import Compute
+from balcap_mega.planning.hardware import BF16, FP32
 from balcap_mega.planning.workload import Rows, Work
 
-FP32 = 4
 OPTIMIZER_BYTES = 2 * 3 * FP32 + FP32 + BF16
 """Moved for each parameter: master weight and two moments read and written, gradient read, weight written."""
 
@@ -46,10 +46,10 @@ class Passes:
             return seconds + compute.head(work, 3) * (index == len(self.layers) - 1)
 
         accumulated = rows.count * self.parameters * (2 * FP32 if self.fused_gradients else 2 * FP32 + 2 * BF16)
-        train = self._pipelined(rows, stage, hops=2) + compute._moved(accumulated)
+        train = self._pipelined(rows, stage, hops=2) + compute.moved(accumulated)
         reduced = self._ring(self.gradient_bytes) + self._ring(BF16)
         shards = self.data_size if self.distributed_optimizer else 1
-        optimizer = compute._moved(self.parameters / shards * OPTIMIZER_BYTES + self.parameters * 2 * FP32)
+        optimizer = compute.moved(self.parameters / shards * OPTIMIZER_BYTES + self.parameters * 2 * FP32)
         return {"train": train, "optimizer": optimizer + (0.0 if self.hides_data else reduced)}
 
     def forward(self, rows: Rows) -> float:

@@ -86,7 +86,7 @@ class Workload:
     def lengths(self, count: int) -> list[int]:
         """`count` response lengths, ascending: the quantiles of an exponential law of this mean, cut at `max_tokens`.
 
-        One response always runs to the limit: sampled models ramble now and then, and that is what generation waits for.
+        One response always runs to the limit: sampled models ramble now and then, and generation waits for that.
         """
         scale = _exponential_scale(self.caption_tokens, self.max_tokens)
         quantiles = (-scale * math.log1p(-(index + 0.5) / count) for index in range(count - 1))
