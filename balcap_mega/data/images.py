@@ -1,6 +1,7 @@
 """Encoded image files to upright RGB pictures, by PIL or by DALI, with the same pixels."""
 
 import io
+import struct
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -18,7 +19,16 @@ MOST_OBLONG = 200
 MOST_SCANS = 64
 START_OF_SCAN = b"\xff\xda"
 # What PIL raises on damaged files, by its manual and by trying.
-DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+DAMAGED = (
+    ArithmeticError,
+    Image.DecompressionBombError,
+    LookupError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 TargetSize = Callable[[int, int], tuple[int, int]]
 
