@@ -4,7 +4,6 @@ import re
 
 LONGEST = 2000  # characters of a problem, and of a remedy
 _LINE_BREAK = re.compile(r"\s*[\n\r\u2028\u2029]\s*")
-_INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -23,4 +22,4 @@ class UserError(Exception):
 
 def _one_line(text: str) -> str:
     text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
-    return _INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], _LINE_BREAK.sub(" ", text))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in _LINE_BREAK.sub(" ", text))
