@@ -1,6 +1,6 @@
 """Bytes on the most loaded rank of each pipeline stage, by part, at each moment of a step that could be the fullest.
 
-Engine and learner take turns unless `parallel.offload` is off: the engine sleeps while the learner trains, gradients
+Engine and learner take turns unless `parallel.offload` is never: the engine sleeps while the learner trains, gradients
 and the optimizer's state leave the device while the engine generates, and the key/value cache while weights move.
 """
 
@@ -76,7 +76,7 @@ def predict_memory(
     parallel = config.parallel
     engine_weights = engine_weight_bytes(config, architecture, counts)
     awake = config.rollout.memory_fraction * gpu.memory
-    turns = parallel.offload is not False
+    turns = parallel.offload != "never"
     moments, hosts = [], []
     for stage, parameters in enumerate(counts.stages(parallel.tensor, parallel.pipeline)):
         base = {"weights": BF16 * parameters.total, "context": CONTEXT}
