@@ -201,7 +201,8 @@ def measure(arguments: argparse.Namespace, folder: Path, platform: Platform) -> 
         "layers": trainer.learner.architecture.num_layers,
         "device": device,
         "world_size": world,
-        "layout": config.parallel.model_dump() | {"engine_tensor": config.rollout.tensor_parallel},
+        "layout": config.parallel.model_dump()
+        | {"engine_tensor": config.rollout.tensor_parallel, "memory_fraction": config.rollout.memory_fraction},
         "precision": config.model.model_dump(include={"dtype", "fp8", "fp8_recipe", "recompute"})
         | {"rollout_fp8": config.rollout.fp8, "transformer_engine": trainer.learner.policy.transformer_engine},
         "sizes": size | {"row_tokens": config.packing.row_tokens},
