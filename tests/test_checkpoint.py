@@ -276,7 +276,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(tiny_checkpoint, small_disk, 
     for room in (100_000, 0):  # in the middle of the weights; before the first file
         filler.write_bytes(bytes(free - room))
         with pytest.raises(
-            UserError, match="checkpoint of step 2 could not.*No space left on device.*goes on from step 1"
+            UserError, match=r"checkpoint of step 2 could not.*No space left on device.*goes on from step 1"
         ):
             learner.start(writer, 2)
             writer.finish()

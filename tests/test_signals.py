@@ -1,10 +1,11 @@
-"""Stopping: all ranks at one place, within the grace period even in the middle of a kernel, and never without torchrun."""
+"""Stopping: all ranks at one place, within the grace period even inside a kernel, and together with torchrun."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -68,6 +69,6 @@ def test_ranks_end_with_their_launcher():
     pid = int(launcher.first_line)
     launcher.kill()
     deadline = time.monotonic() + 30
-    while os.path.exists(f"/proc/{pid}/cmdline") and open(f"/proc/{pid}/cmdline").read():
+    while (status := Path(f"/proc/{pid}/cmdline")).exists() and status.read_text():  # a zombie's is empty
         assert time.monotonic() < deadline, "the rank outlived its launcher"
         time.sleep(0.05)

@@ -60,7 +60,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
             f"{marker} names no checkpoint: {newest[:80]!r}",
             remedy="write the name of the newest step_... folder beside it there, or give another output_dir",
         )
-    for path in sorted((path for path in step_folders(folder) if path.name <= newest), reverse=True):
+    for path in step_folders(folder, newest):
         damage = _damage(path)
         if damage is None:
             return path
@@ -133,9 +133,14 @@ def layout_sizes() -> dict[str, int]:
     return {"tensor": layout.tensor_size, "pipeline": layout.pipeline_size, "data": layout.data_size}
 
 
-def step_folders(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, whole or damaged, without those still being written."""
-    return [path for path in folder.glob("step_*") if path.is_dir() and path.suffix != ".tmp"]
+def step_folders(folder: Path, newest: str) -> list[Path]:
+    """The checkpoints in `folder` up to the one of that name, newest first; not those that are still being written."""
+    steps = {_step(path.name): path for path in folder.glob("step_*") if path.suffix != ".tmp" and path.is_dir()}
+    return [steps[step] for step in sorted(steps, reverse=True) if step <= _step(newest)]
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step_"))
 
 
 def file_digest(path: Path) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class CheckpointWriter:
 
     def _prune(self, newest: str) -> None:
         """Delete all but the `keep` newest checkpoints up to `newest`, and what crashes left half done."""
-        kept = sorted((path for path in step_folders(self.folder) if path.name <= newest), reverse=True)[: self.keep]
+        kept = step_folders(self.folder, newest)[: self.keep]
         for path in self.folder.glob("step_*"):
             if path not in kept:
                 shutil.rmtree(path)
@@ -166,7 +166,7 @@ class CheckpointWriter:
 
     @contextmanager
     def _naming(self, step: int) -> Iterator[None]:
-        """What the disk refuses on one rank while all are busy with a checkpoint ends the run as a failed write does."""
+        """What the disk refuses on one rank while all are busy with a checkpoint ends the run as a failed write."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError

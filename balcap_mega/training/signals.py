@@ -21,9 +21,9 @@ class Stopped(Exception):
 class StopRequest:
     """Remembers a signal; `check()` is a collective, so that every rank stops at the same place.
 
-    A signal counts from the moment it arrives, even while the main thread is deep inside a kernel or a collective, where
-    Python's own handlers would have to wait. `grace_seconds` later the process ends with status 0, wherever it is: the
-    scheduler would kill it next, and the last checkpoint is as good as before.
+    A signal counts from the moment it arrives, even while the main thread is deep inside a kernel or a collective,
+    where Python's own handlers would have to wait. `grace_seconds` later the process ends with status 0, wherever it
+    is: the scheduler would kill it next, and the last checkpoint is as good as before.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
