@@ -83,7 +83,8 @@ class RolloutEngine:
                 arguments["mm_encoder_tp_mode"] = "data"
             self.llm = self._vllm.LLMEngine.from_engine_args(self._vllm.EngineArgs(**arguments))
         # A collected engine would take torch.distributed down with it, which is the trainer's.
-        self.llm.engine_core._finalizer.detach()
+        if finalizer := getattr(self.llm.engine_core, "_finalizer", None):  # which vLLM 0.24 does not have
+            finalizer.detach()
         self.llm.apply_model(self._temper)
 
     def sample(
