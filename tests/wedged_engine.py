@@ -20,10 +20,11 @@ def remember(self: Watchdog) -> Watchdog:
 
 
 def wedged_sample(self: RolloutEngine, prompts, *, step, **options):
-    for watchdog in watchdogs:
-        watchdog.stuck_seconds = STUCK_SECONDS  # once the start is over, which takes longer on a busy machine
-    if step == 1 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        self.llm.step = lambda: ctypes.CDLL(None).pause()  # in native code, without Python's lock
+    if step == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        for watchdog in watchdogs:
+            watchdog.stuck_seconds = STUCK_SECONDS  # only now: the start takes longer on a busy machine
+        if os.environ["RANK"] == "1":
+            self.llm.step = lambda: ctypes.CDLL(None).pause()  # in native code, without Python's lock
     return sample(self, prompts, step=step, **options)
 
 
