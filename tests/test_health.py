@@ -1,4 +1,4 @@
-"""What is wrong with a run is found, by the checks of the program and in its real parts, and stopped, skipped or told."""
+"""What is wrong with a run is found, in the program and in its real parts, and stopped, skipped or told."""
 
 import math
 import subprocess
@@ -175,7 +175,7 @@ def test_faults_planted_in_policy_and_engine_are_named(tiny_checkpoint):
 
 
 def judged(**scores) -> dict[str, float]:
-    """A step's reward metrics: two groups of two captions, 8 words long for 10 of the reference, unless told otherwise."""
+    """A step's reward metrics: two groups of two captions, of 8 words for 10 of the reference unless told otherwise."""
     values = {"precision": (0.2, 0.4, 0.6, 0.8), "recall": (0.1, 0.2, 0.3, 0.4), "linguistic": (0.5, 0.6, 0.7, 0.8)}
     columns = values | {"length": (8.0,) * 4} | scores
     captions = [CaptionScore(*row, reference_length=10.0) for row in zip(*columns.values(), strict=True)]
@@ -234,7 +234,7 @@ def test_the_whole_program_stops_with_a_checkpoint_when_a_reward_says_nothing(tm
     overrides = ["warmup.steps=0", "data.eval_size=2", "health.constant_reward={policy: stop, steps: 2}"]
     done = subprocess.run(command(output, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1
-    line = "error: step 2, health.constant_reward: reward/linguistic_std is 0, for 2 steps past 1e-06: all captions get the"
+    line = "error: step 2, health.constant_reward: reward/linguistic_std is 0, for 2 steps past 1e-06: all captions get"
     assert line in done.stderr and "Traceback" not in done.stderr.partition("error: ")[0]
     assert [row.get("health/constant_reward") for row in rows(output)] == [None, 0.0]
     assert (output / "checkpoints" / "latest").read_text().strip() == "step_000002"

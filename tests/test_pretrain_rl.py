@@ -70,7 +70,8 @@ def test_trainer_and_engine_agree(finished):
         assert row["rollout/logprob_difference_max"] <= 1e-4
         assert row["policy/ratio_max_first"] == 1.0
         assert row["policy/kl_old"] == 0.0
-    assert [row.get("health/long_captions") for row in rows(finished)] == [None, rows(finished)[1]["reward/length_ratio"], None]
+    told = [row.get("health/long_captions") for row in rows(finished)]
+    assert told == [None, rows(finished)[1]["reward/length_ratio"], None]
 
 
 def test_exported_policy_loads_in_transformers(finished):

@@ -31,8 +31,8 @@ BUCKET_BYTES = 2**19  # several buckets, and tensors cut by them
 
 def make_engine(folder, tensor_parallel: int, verify_every: int = 1) -> RolloutEngine:
     config = RolloutConfig(
-        group_size=2, max_tokens=12, max_model_len=512, tensor_parallel=tensor_parallel, verify_refit_every=verify_every,
-        timeout_seconds=60,
+        group_size=2, max_tokens=12, max_model_len=512, tensor_parallel=tensor_parallel,
+        verify_refit_every=verify_every, timeout_seconds=60,
     )  # fmt: skip
     return RolloutEngine(folder, config, device=torch.device("cpu"), dtype=torch.float32, seed=0)
 

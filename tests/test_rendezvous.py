@@ -23,6 +23,6 @@ def test_ranks_that_do_not_come_are_named():
     store = HashStore()
     with ThreadPoolExecutor(2) as ranks:
         came = ranks.submit(agree_on_name, store, 2, 4, 20)
-        with pytest.raises(UserError, match="ranks 1, 3 did not come to the rendezvous for 0.5 s"):
+        with pytest.raises(UserError, match=r"ranks 1, 3 did not come to the rendezvous for 0\.5 s"):
             agree_on_name(store, 0, 4, seconds=0.5)
         assert came.result()

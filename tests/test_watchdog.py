@@ -26,7 +26,11 @@ class Job:
     def __init__(self, arguments: list[str], log: Path):
         self.log = log
         self.process = subprocess.Popen(
-            arguments, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            arguments,
+            cwd=ROOT,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
     def rank_1(self) -> int:
@@ -82,7 +86,7 @@ def ended(job: Job) -> str:
 
 def test_a_rank_stuck_in_native_code_is_named_with_all_stacks(jobs):
     said = ended(jobs["stuck"])
-    place = rf"rank 1 in rollout of step 3 for \d+ s; rank 0 in update of step 3 for \d+ s"
+    place = r"rank 1 in rollout of step 3 for \d+ s; rank 0 in update of step 3 for \d+ s"
     assert re.search(rf"^error: no rank has finished anything for {STUCK_SECONDS} s: {place}", said, re.MULTILINE)
     assert said.count("in sleep_in_native_code\n") == 1 == said.count("in all_reduce\n")  # both ranks' stacks, once
     assert re.search(r"^rank 0 in update of step 3:$", said, re.MULTILINE)
@@ -103,8 +107,8 @@ def test_a_bug_keeps_its_traceback_and_the_others_name_its_rank(jobs):
 def test_a_stalled_rank_is_named(jobs):
     job = jobs["stalled"]
     job.wait_until(lambda: job.says("stepping"))
-    line = rf"error: rank 1 has not been heard of for {SILENCE_SECONDS} s, last in (rollout|update) of step \d+; rank 0 in "
-    job.stall_rank_1(line)
+    place = r"last in (rollout|update) of step \d+; rank 0 in "
+    job.stall_rank_1(f"error: rank 1 has not been heard of for {SILENCE_SECONDS} s, {place}")
     said = ended(job)
     assert re.search(r"^rank 1 in (rollout|update) of step \d+:$", said, re.MULTILINE), "it too says where it was"
 
@@ -114,8 +118,8 @@ def test_a_dead_rank_is_named(jobs):
     job.wait_until(lambda: job.says("stepping"))
     os.kill(job.rank_1(), signal.SIGKILL)
     said = ended(job)
-    line = r"error: rank 0 lost contact in update of step \d+: .*; rank 1 is gone, last in (rollout|update) of step \d+ — "
-    assert re.search(line, said)
+    gone = r"rank 1 is gone, last in (rollout|update) of step \d+ — "
+    assert re.search(rf"error: rank 0 lost contact in update of step \d+: .*; {gone}", said)
     assert "Traceback" not in said.partition("lost contact")[0]
 
 
@@ -130,8 +134,8 @@ def test_wedged_engine_and_stalled_rank_in_the_whole_program(tmp_path):
     arguments[script : script + 1] = ["--max-restarts", "1", "tests/wedged_engine.py"]
     job = Job(arguments, tmp_path / "log")
     try:
-        wedged = r"error: no rank has finished anything for \d+ s: rank 1 in rollout of step 2 for \d+ s; rank 0 in rewards"
-        job.wait_until(lambda: job.says(wedged))
+        place = r"rank 1 in rollout of step 2 for \d+ s; rank 0 in rewards"
+        job.wait_until(lambda: job.says(rf"error: no rank has finished anything for \d+ s: {place}"))
         job.wait_until(lambda: len(rows(output)) >= 2)
         job.stall_rank_1(r"error: rank 1 has not been heard of for 15 s, last in .+ of step \d+; rank 0 in ")
         assert "wedged_sample" in ended(job)  # in the stacks of the first
@@ -145,6 +149,7 @@ def test_those_furthest_behind_come_first():
     beats[3] = Heartbeat(1, "rollout", 16, 88, 600.4)
     beats[4] = Heartbeat(1, "evaluation", None, 92, 2.0)
     assert account(beats) == (
-        "rank 3 in rollout of step 17 for 600 s; ranks 0-2, 5 in update of step 17 for 606 s; rank 4 in evaluation for 2 s"
+        "rank 3 in rollout of step 17 for 600 s; ranks 0-2, 5 in update of step 17 for 606 s; "
+        "rank 4 in evaluation for 2 s"
     )
     assert [name_ranks(ranks) for ranks in ([7], [0, 1], [0, 2, 3, 9])] == ["rank 7", "ranks 0-1", "ranks 0, 2-3, 9"]

@@ -1,7 +1,7 @@
 """Nothing wrong goes unnoticed: the numbers of updates and steps against the bounds of `HealthConfig`.
 
-`Health.accepts` looks at an update before it is applied, `Health.observe` at a finished step and at how long it has been
-like that. Both see numbers that are the same on all ranks, so that all ranks decide the same.
+`Health.accepts` looks at an update before it is applied, `Health.observe` at a finished step and at those before it.
+Both see numbers that are the same on all ranks, so that all ranks decide the same.
 """
 
 import math
@@ -123,8 +123,8 @@ def _wrong_with(step: int, result: UpdateResult, config: HealthConfig) -> Findin
         return Finding("non_finite", step, result.loss, math.inf, config.non_finite, problem, remedy)
     if difference > config.mismatch.bound:
         problem = (
-            f"trainer and engine differ by {difference:.3g} in a token's logprob, past {config.mismatch.bound:g}: they do "
-            "not have the same weights, or do not compute the same"
+            f"trainer and engine differ by {difference:.3g} in a token's logprob, past {config.mismatch.bound:g}: they "
+            "do not have the same weights, or do not compute the same"
         )
         remedy = "check each refit (rollout.verify_refit_every=1), and the model by launch/check_model.py"
         return Finding("mismatch", step, difference, config.mismatch.bound, config.mismatch.policy, problem, remedy)
@@ -151,7 +151,7 @@ def _trends(config: HealthConfig, components: Iterable[str]) -> list[Trend]:
         Trend("low_entropy", "policy/entropy", operator.lt, config.low_entropy,
               "the policy says the same whatever is drawn", f"{learning}, or with algorithm.entropy_weight"),
         Trend("short_captions", "reward/length_ratio", operator.lt, config.short_captions,
-              "captions shrink to nothing beside their references", f"{learning}, or with algorithm.length_control=gate"),
+              "captions shrink to nothing beside their references", f"{learning}, or algorithm.length_control=gate"),
         Trend("long_captions", "reward/length_ratio", operator.gt, config.long_captions,
-              "captions outgrow their references", f"{learning}, or with algorithm.length_control=gate"),
+              "captions outgrow their references", f"{learning}, or algorithm.length_control=gate"),
     ]  # fmt: skip

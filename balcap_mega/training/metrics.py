@@ -15,7 +15,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from balcap_mega.errors import UserError
-
 from balcap_mega.parallel.progress import progress
 
 METRICS_FILE = "metrics.jsonl"

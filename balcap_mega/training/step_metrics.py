@@ -62,7 +62,7 @@ def step_metrics(
 
 
 def reward_metrics(rewards: RewardBatch, advantages: Advantages) -> dict[str, float]:
-    """Mean and standard deviation over the rollouts that have a component, as judged (before the length gate), on 0-1."""
+    """Mean and deviation over the rollouts that have a component, as judged (before the length gate), on 0-1."""
     metrics = {}
     for name, values, valid in zip(rewards.names, rewards.values, rewards.valid, strict=True):
         metrics[f"reward/{name}"] = values[valid].mean().item() if valid.any() else 0.0

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -42,7 +43,7 @@ class Stalled(UserError):
 
 
 def stuck_seconds(config: RunConfig) -> float:
-    """How long a run may stand still: `parallel.timeout_seconds`, or as long as a judge's endpoint may keep it waiting."""
+    """How long a run may stand still: `parallel.timeout_seconds`, or as long as its judge's endpoint may take."""
     judging = patience(config.rewards) + JUDGE_MARGIN if config.rewards.judge == "mllm" else 0.0
     return max(config.parallel.timeout_seconds, judging)
 
@@ -110,10 +111,8 @@ class Watchdog:
         self._leaving.set()
         self._thread.join(timeout=self.interval)
         faulthandler.cancel_dump_traceback_later()
-        try:
+        with suppress(RuntimeError):  # the store may have gone with its launcher
             self._tell(ended="" if error is None else f"{type(error).__name__}: {_first_line(error)}")
-        except RuntimeError:
-            pass  # the store has gone with its launcher
         if stalled is not None:
             raise stalled from error
         if error is not None:
@@ -141,7 +140,8 @@ class Watchdog:
         if self._unchanged_for("moved") > self.stuck_seconds:
             self._declare(
                 f"no rank has finished anything for {self.stuck_seconds:g} s: {account(self._heartbeats())} — the "
-                "first one holds the others up, its stacks show where; were it only slow, raise parallel.timeout_seconds"
+                "first one holds the others up, its stacks show where; if it was only slow, raise "
+                "parallel.timeout_seconds"
             )
         while self._neighbour != self.rank and self._is_done(self._neighbour):
             self._neighbour = (self._neighbour + 1) % self.world
@@ -208,7 +208,7 @@ class Watchdog:
                 return Stalled(
                     f"rank {self.rank} lost contact in {self._heartbeat().place}: {_first_line(cause)}"
                     + self._whereabouts(),
-                    remedy="look at the log of the rank that is gone; the same command goes on from the last checkpoint",
+                    remedy="look at that rank's log; the same command goes on from the last checkpoint",
                 )
             if isinstance(cause, TimeoutError):
                 return Stalled(

@@ -32,6 +32,4 @@ def build_refit(
         frozen=vision_tensors(policy.architecture) if policy.freeze_vision else (),
     )
     config = engine.config
-    return Refit(
-        policy, engine, plan, timeout_seconds=config.timeout_seconds, verify_every=config.verify_refit_every
-    )
+    return Refit(policy, engine, plan, timeout_seconds=config.timeout_seconds, verify_every=config.verify_refit_every)

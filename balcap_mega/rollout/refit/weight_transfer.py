@@ -69,7 +69,7 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
         self.finalise_seconds = 0.0
 
     def receive_weights(self, update_info: InPlaceUpdateInfo, load_weights: None = None) -> None:
-        """Write one bucket. Raises CorruptPieces for a checksum that differs. (`load_weights` is vLLM 0.24's, unused.)"""
+        """Write one bucket. Raises CorruptPieces where a checksum differs. (`load_weights` is vLLM 0.24's, unused.)"""
         for layer in {_layer_of(write.place.parameter) for write in update_info.writes} - self._laid_out:
             if self._is_converted(layer):
                 self._lay_out(layer)
