@@ -163,7 +163,7 @@ def silent_rank(folder, dies):
 
 
 def shared_numbers(reachable):
-    """What each rank reads in both ranks' memory. Where ranks are not `reachable`, rank 1 names a process not its own."""
+    """What each rank reads in both ranks' memory; where they are not `reachable`, rank 1 names another process."""
     rank = torch.distributed.get_rank()
     if rank == 1 and not reachable:
         os.getpid = lambda: 1

@@ -44,8 +44,11 @@ def _use_gloo_instead_of_shared_memory() -> None:
     group, which is as fast for models that a CPU can train, and does not spin.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
     _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: str(os.getpid()))
+    # Of no use where each rank drives its own engine, and left behind at the end of every run, with a warning.
+    MessageQueue.create_from_process_group = staticmethod(lambda *arguments, **options: None)
 
 
 @contextmanager
