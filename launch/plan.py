@@ -69,7 +69,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.measured:
         rows = measured.read_rows(arguments.measured)
         tables.print_measured(console, rows)
-        found["measured"] = {row.name: {c.name: vars(c) for c in row.comparisons()} for row in rows}
+        found["measured"] = [{"name": row.name, "compared": [vars(c) for c in row.comparisons()]} for row in rows]
         if config:  # the last row of the file is the newest
             tables.print_assumptions(console, rows[-1])
             cluster = replace(cluster, efficiency=rows[-1].efficiency())

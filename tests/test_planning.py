@@ -115,7 +115,7 @@ def measured_row(**seconds: float) -> dict:
         "model": "qwen2_5_vl_3b", "layers": 36, "device": "NVIDIA H100 80GB HBM3", "world_size": 1,
         "layout": {
             "tensor": 1, "pipeline": 1, "sequence": False, "distributed_optimizer": True, "offload": "auto",
-            "engine_tensor": 1,
+            "engine_tensor": 1, "memory_fraction": 0.5,
         },
         "precision": {
             "dtype": "bfloat16", "fp8": "none", "fp8_recipe": "blockwise", "recompute": "full", "rollout_fp8": False,

@@ -49,7 +49,7 @@ CUDNN_ATTENTION = 600e12
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the hardware's rates, and host work that nothing hides.
+    """Shares of the hardware's rates, and host work that nothing hides. `published.ROWS` says what came of the fit.
 
     gemm:         of `Gpu.matmul`, by the GEMMs of a layer, forward and backward
     fp8_gemm:     of `Gpu.fp8_matmul`, quantisation of their operands included
@@ -60,11 +60,11 @@ class Efficiency:
     rows:         of a tuned pretraining step's speed, by a reinforcement learner's passes over rows of changing length
     """
 
-    gemm: float = 0.80
-    fp8_gemm: float = 0.6
-    elementwise: float = 0.85
-    collective: float = 0.8
-    decode: float = 0.8
+    gemm: float = 0.80  # fitted to two rows of Megatron-LM's table
+    fp8_gemm: float = 0.6  # fitted to a row of Megatron-Bridge's
+    elementwise: float = 0.85  # assumed
+    collective: float = 0.8  # assumed
+    decode: float = 0.8  # this and what follows are fitted to phases that NeMo-RL's blog gives
     engine_step: float = 5.5e-3
     rows: float = 0.78
 

@@ -107,7 +107,7 @@ def _predict(row: Mapping[str, Any]) -> Plan:
             "max_model_len": prompt + caption,
             "tensor_parallel": layout["engine_tensor"],
             "fp8": precision["rollout_fp8"],
-            "memory_fraction": layout.get("memory_fraction", 0.5),
+            "memory_fraction": layout["memory_fraction"],
         },
         packing={"row_tokens": sizes["row_tokens"]},
     )
@@ -118,7 +118,7 @@ def _predict(row: Mapping[str, Any]) -> Plan:
         prefix_tokens=prompt,
         caption_tokens=caption,  # all of them run to the limit
     )
-    return replace(planner, workload=workload).plan(Layout.of(config))
+    return replace(planner, workload=workload).plan(Layout.of(config), must_fit=False)
 
 
 def _released(model: str, layers: int) -> dict[str, Any]:

@@ -93,8 +93,11 @@ class Planner:
         counts = ParameterCounts(architecture)
         return cls(config, architecture, text, counts, cluster, workload, captions_per_second)
 
-    def plan(self, layout: Layout) -> Plan:
-        """Predict one layout. Raises UserError where the run itself would refuse it, or memory does not suffice."""
+    def plan(self, layout: Layout, *, must_fit: bool = True) -> Plan:
+        """Predict one layout.
+
+        Raises UserError where the run itself would refuse it or, if it `must_fit`, where memory does not suffice.
+        """
         config, world = layout.apply(self.config), self.cluster.gpus
         check_batch(config, world)
         check_shape(dict(self.text), config.parallel, config.rollout)
@@ -102,7 +105,8 @@ class Planner:
         check_fp8(self.architecture, config.model, config.parallel)
         rows = pack_for(config, self.architecture, self.workload, world)
         memory = predict_memory(config, self.architecture, self.counts, self.workload, rows, self.cluster.gpu)
-        self._check_memory(memory, config)
+        if must_fit:
+            self._check_memory(memory)
         update = self._once(lambda: self._update(config, rows), config.parallel, config.model, config.packing)
         seconds = self._seconds(config, memory, rows, sum(update.values()))
         step, data_size = sum(seconds.values()), rows.data_size
@@ -171,12 +175,12 @@ class Planner:
             self._known[key] = predict()
         return self._known[key]
 
-    def _check_memory(self, memory: Memory, config: RunConfig) -> None:
+    def _check_memory(self, memory: Memory) -> None:
         limit = self.cluster.gpu.memory
         if (moment := memory.fullest).total > limit:
             raise UserError(
                 f"out of memory in {moment.name} by {(moment.total - limit) / GIB:.1f} GiB: {largest_parts(moment)}",
-                remedy="see the other layouts",
+                remedy="launch/plan.py --search tries the other layouts",
             )
         per_caption = self.workload.prefix_tokens + self.workload.max_tokens
         if memory.cache_tokens < per_caption:
