@@ -112,4 +112,6 @@ for table in throughput kernels; do
     file="$results/${table}_h100.json"
     if [ -e "$file" ]; then echo && "$python" "benchmarks/$table.py" --table "$file"; fi
 done
+file="$results/throughput_h100.json"
+if [ -e "$file" ]; then "$python" launch/plan.py --measured "$file"; fi
 exit "$failed"

@@ -5,19 +5,22 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from balcap_mega.config.load import load_config
 from balcap_mega.errors import UserError
 from balcap_mega.models.released import RELEASED
 from balcap_mega.planning.hardware import Cluster, Efficiency
 from balcap_mega.planning.layout import Layout
-from balcap_mega.planning.measured import read_rows
+from balcap_mega.planning.measured import ASSUMPTIONS, read_rows
 from balcap_mega.planning.plan import Planner
 from balcap_mega.planning.published import ROWS
 from balcap_mega.planning.search import HEADROOM, search
+from balcap_mega.planning.tables import print_assumptions, print_measured
 from balcap_mega.planning.workload import Workload, pack_for
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +141,10 @@ def test_measured_rows_are_compared_and_carried_over_to_a_cluster(tmp_path):
     path.write_text(json.dumps([measured_row(update=2 * row.plan.seconds["update"])]))
     [slow] = read_rows(path)
     assert slow.efficiency().rows == pytest.approx(Efficiency().rows / 2)
+    console = Console(file=StringIO(), width=200)
+    print_measured(console, [slow])
+    print_assumptions(console, slow)
+    assert "-50.0%" in console.file.getvalue() and all(text in console.file.getvalue() for text in ASSUMPTIONS)
     config, layout = recipe("qwen2_5_vl_7b"), Layout.of(recipe("qwen2_5_vl_7b"))
     assumed = Planner.of(config, Cluster(2)).plan(layout).update_seconds
     carried = Planner.of(config, replace(Cluster(2), efficiency=slow.efficiency())).plan(layout).update_seconds

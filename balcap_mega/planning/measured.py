@@ -111,7 +111,8 @@ def _predict(row: Mapping[str, Any]) -> Plan:
         },
         packing={"row_tokens": sizes["row_tokens"]},
     )
-    cluster = Cluster(nodes=1, gpus_per_node=row["world_size"])
+    in_node = min(row["world_size"], Cluster.gpus_per_node)
+    cluster = Cluster(row["world_size"] // in_node, in_node)
     planner = Planner.of(config, cluster, model_config=_released(row["model"], row["layers"]))
     workload = replace(
         Workload.of(config, planner.architecture, image_tokens=sizes["image_tokens"], caption_tokens=caption),
