@@ -120,7 +120,8 @@ def _backward(
         "working": activations.working(rows.largest.tokens),
     }
     if stage == 0:  # kept for all of a step's passes
-        parts["image embeddings"] = BF16 * rows.total.images * workload.image_tokens * architecture.hidden_size
+        images = workload.updates * rows.total.images
+        parts["image embeddings"] = BF16 * images * workload.image_tokens * architecture.hidden_size
     if stage == parallel.pipeline - 1:
         parts["head"] = activations.head(rows.largest, CHUNK_BYTES["cuda"])
     return parts | {"fragmentation": FRAGMENTATION * sum(parts.values())}

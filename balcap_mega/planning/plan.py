@@ -56,8 +56,8 @@ class Plan:
 class Planner:
     """Predicts layouts of one run on one cluster.
 
-    text:               the language model's part of config.json, which `config.preflight` checks
-    captions_per_second: what the judge sustains; None for a judge that keeps up with generation
+    text:                 the language model's part of config.json, which `config.preflight` checks
+    captions_per_second:  what the judge sustains; None for a judge that keeps up with generation
     """
 
     config: RunConfig

@@ -7,8 +7,8 @@ from balcap_mega.planning.compute import Compute
 from balcap_mega.planning.hardware import BF16, FP32
 from balcap_mega.planning.workload import Rows, Work
 
-OPTIMIZER_BYTES = 2 * 3 * FP32 + FP32 + BF16
-"""Moved for each parameter: master weight and two moments read and written, gradient read, weight written."""
+OPTIMIZER_TRAFFIC = 2 * 3 * FP32 + FP32 + BF16
+"""Bytes moved for each parameter: master weight and two moments read and written, gradient read, weight written."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Passes:
         train = self._pipelined(rows, stage, hops=2) + compute.moved(accumulated)
         reduced = self._ring(self.gradient_bytes) + self._ring(BF16)
         shards = self.data_size if self.distributed_optimizer else 1
-        optimizer = compute.moved(self.parameters / shards * OPTIMIZER_BYTES + self.parameters * 2 * FP32)
+        optimizer = compute.moved(self.parameters / shards * OPTIMIZER_TRAFFIC + self.parameters * 2 * FP32)
         return {"train": train, "optimizer": optimizer + (0.0 if self.hides_data else reduced)}
 
     def forward(self, rows: Rows) -> float:
