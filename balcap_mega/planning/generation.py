@@ -7,8 +7,8 @@ from balcap_mega.planning.flops import attention_forward, language_parameters, l
 from balcap_mega.planning.hardware import BF16, Cluster
 from balcap_mega.planning.workload import Workload
 
-AT_ONCE = 128
-"""`max_num_seqs` of vLLM 0.32 for an engine built in process, as `rollout.engine` does, which leaves it at that."""
+AT_ONCE = 1024
+"""`max_num_seqs` of vLLM 0.32 for offline engines on a GPU of 70 GiB and more, at which `rollout.engine` leaves it."""
 
 ALL_REDUCE_SECONDS = 12e-6
 """Latency of vLLM's own all-reduce of a decoding step's few kilobytes over NVLink; two a layer."""
@@ -20,7 +20,6 @@ class Generation:
 
     weight_bytes: of one element of the decoder's matrices: 2, or 1 in FP8
     cache_tokens: tokens whose keys and values fit its cache
-    at_once:      responses it generates at the same time, at most
     """
 
     architecture: Architecture
@@ -28,7 +27,6 @@ class Generation:
     tensor: int
     weight_bytes: int
     cache_tokens: float
-    at_once: int = AT_ONCE
 
     def seconds(self, workload: Workload, engines: int) -> float:
         """Rollouts of this engine's share of the step's prompts."""
@@ -47,7 +45,7 @@ class Generation:
     def decode(self, workload: Workload, captions: int) -> float:
         """All responses, as many at a time as the cache holds; the batch shrinks as captions end."""
         prefix, mean = workload.prefix_tokens, workload.caption_tokens
-        at_once = max(min(captions, self.at_once, int(self._concurrent(workload))), 1)
+        at_once = max(min(captions, AT_ONCE, int(self._concurrent(workload))), 1)
         # While captions wait their turn the batch stays full, of captions at every stage of their length.
         steps = (captions - at_once) / at_once * mean
         seconds = steps * self._step(at_once, prefix + mean / 2)

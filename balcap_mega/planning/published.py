@@ -142,7 +142,7 @@ class RlRun:
         fraction = 0.8 if self.apart else 0.6
         free = fraction * H100.memory - weight_bytes * _elements(self.model) / self.engine_tensor - 5 * GIB
         cache = free / cache_bytes_per_token(self.model, self.engine_tensor)
-        engine = Generation(self.model, cluster, self.engine_tensor, weight_bytes, cache, at_once=1024)
+        engine = Generation(self.model, cluster, self.engine_tensor, weight_bytes, cache)
         return {
             "generation": engine.seconds(workload, gpus // self.engine_tensor),
             "logprobs": workload.updates * workload.forward_passes * passes.forward(rows),

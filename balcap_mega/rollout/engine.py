@@ -81,7 +81,7 @@ class RolloutEngine:
                 arguments |= fp8_arguments(architecture.num_layers)
             if self.vision_data_parallel:
                 arguments["mm_encoder_tp_mode"] = "data"
-            self.llm = self._vllm.LLMEngine.from_engine_args(self._vllm.EngineArgs(**arguments))
+            self.llm = _offline_engine(self._vllm.EngineArgs(**arguments))
         # A collected engine would take torch.distributed down with it, which is the trainer's.
         if finalizer := getattr(self.llm.engine_core, "_finalizer", None):  # which vLLM 0.24 does not have
             finalizer.detach()
@@ -264,6 +264,14 @@ def fp8_arguments(num_layers: int) -> dict[str, Any]:
         "quantization": "fp8_per_channel",
         "quantization_config": {"ignore": [rf"re:(.*\.)?{name}\..*" for name in unquantised]},
     }
+
+
+def _offline_engine(arguments):
+    """With vLLM's defaults for offline use: on an H100 1,024 captions at a time, where a bare engine would take 128."""
+    from vllm import LLMEngine
+    from vllm.usage.usage_lib import UsageContext
+
+    return LLMEngine.from_engine_args(arguments, UsageContext.LLM_CLASS)
 
 
 def _register_weight_transfer() -> None:
