@@ -13,6 +13,14 @@ CAPTIONS = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    """What may take longest starts first, or at the end one of several workers is left alone with it."""
+    limits = {item.path: [] for item in items}
+    for item in items:
+        limits[item.path].append(getattr(item.get_closest_marker("timeout"), "args", (0,))[0])
+    items.sort(key=lambda item: -max(limits[item.path]))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """`tiny_checkpoint(family, **overrides)` -> folder of a random checkpoint (see `write_tiny_checkpoint`)."""

@@ -77,7 +77,7 @@ def test_every_fault_is_named_at_once(tiny_checkpoint, tmp_path):
     old.mkdir(parents=True)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: tenacity\nVersion: 1.0\n")
     report = tmp_path / "findings.json"
-    faults = ["data.path=/nowhere.jsonl", "checkpoint.keep=1000000000", "rollout.prompts_per_step=3"]
+    faults = ["data.path=/nowhere.jsonl", "checkpoint.keep=1000000000", "packing.row_tokens=8"]
     arguments = photos(model, tmp_path / "run", f"http://127.0.0.1:{free_port()}/v1")
     command = [sys.executable, "launch/doctor.py", "--json", str(report), *arguments, *faults]
     path = os.pathsep.join([str(old.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
@@ -89,7 +89,7 @@ def test_every_fault_is_named_at_once(tiny_checkpoint, tmp_path):
     for name, said, remedy in (
         ("packages", "tenacity 1.0 instead of >=9", "launch/install.sh"),
         ("checkpoint", "model.safetensors is not a whole safetensors file", "download"),
-        ("config", "rollout.prompts_per_step=3", "multiple of"),
+        ("config", "packing.row_tokens=8 is less than", "at least"),
         ("disk", "GiB free for output_dir=", "checkpoint.keep"),
         ("data", "cannot read data.path=/nowhere.jsonl", "give the annotation file"),
         ("judge", "does not answer", "check that the endpoint runs"),

@@ -14,8 +14,8 @@ from balcap_mega.parallel.progress import progress
 from balcap_mega.training.signals import StopRequest
 from balcap_mega.training.watchdog import Watchdog
 
-STUCK_SECONDS = 8
-SILENCE_SECONDS = 8
+STUCK_SECONDS = 14  # well past the other, so that a silent rank is named as such
+SILENCE_SECONDS = 7
 
 
 def sleep_in_native_code() -> None:
