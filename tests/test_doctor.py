@@ -30,7 +30,8 @@ def photos(model: Path, output: Path, judge: str) -> list[str]:
     """A run on real photos with an LLM judge, and a checkpoint on disk."""
     return [
         "--config", str(ROOT / "configs" / "qwen2_5_vl_7b.yaml"), f"output_dir={output}", f"model.path={model}",
-        "parallel.device=cpu", "parallel.tensor=2", "data.source=jsonl", "data.eval_size=2",
+        "parallel.device=cpu", "parallel.tensor=2", "rollout.tensor_parallel=2",
+        "data.source=jsonl", "data.eval_size=2",
         f"data.path={ROOT / 'tests' / 'data' / 'photos.jsonl'}",
         f"data.image_root={Path(skimage.data.__file__).parent}", "rollout.prompts_per_step=2",
         "rollout.max_tokens=16", "rollout.max_model_len=512",
