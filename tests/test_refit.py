@@ -18,7 +18,7 @@ from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit, transfer
-from balcap_mega.rollout.refit.shared_memory import share_memory
+from balcap_mega.rollout.refit.peers import share_parameters
 from balcap_mega.rollout.refit.transfer import RefitError
 from balcap_mega.rollout.vllm_runtime import import_vllm
 from tests.distributed import _rank_main, launch, launcher_store
@@ -26,7 +26,7 @@ from tests.policy_cases import load_state
 from tests.rollout_cases import largest_difference, make_prompts
 
 TOLERANCE = 1e-4
-BUCKET_BYTES = 2**19  # several buckets, and tensors cut by them
+BUCKET_BYTES = 2**16  # many buckets, tensors cut by them, and rows of a vocabulary that only one rank wants
 
 
 def make_engine(folder, tensor_parallel: int, verify_every: int = 1) -> RolloutEngine:
@@ -105,7 +105,7 @@ def check_wrong_checksum(folder, engine):
 def several_ranks(cases):
     """cases: (folder, vLLM tensor parallelism, [(Megatron tensor, pipeline), ...]); one engine a case.
 
-    Layouts take turns between shared memory, as ranks of one host have it, and the process group, as all others.
+    Layouts take turns between the other ranks' memory, which ranks of one host read, and the process group.
     """
     import_vllm()
     from vllm.distributed.parallel_state import destroy_model_parallel
@@ -115,7 +115,7 @@ def several_ranks(cases):
         engine = make_engine(folder, engine_tensor)
         engine.sample(make_prompts(2), step=0)
         for seed, (tensor, pipeline) in enumerate(layouts, start=1):
-            transfer.share_memory = share_memory if seed % 2 else lambda size: None
+            transfer.share_parameters = share_parameters if seed % 2 else lambda *unreachable: None
             check_refit(folder, engine, tensor, pipeline, seed)
         del engine
         gc.collect()
@@ -141,8 +141,10 @@ class DeafEngine:
     wake_cache = reset_caches = wake_weights
 
 
-def silent_rank(folder, dies):
+def silent_rank(folder, dies, reachable):
     """Rank 1 stalls, or is killed, on its way to the second bucket. Returns the error that the others see."""
+    if not reachable:
+        transfer.share_parameters = lambda *unreachable: None
     policy, parallel = make_policy(folder, 1, torch.distributed.get_world_size())
     refit = build_refit(policy, DeafEngine(), parallel, bucket_bytes=BUCKET_BYTES)
     refit.run()
@@ -162,22 +164,26 @@ def silent_rank(folder, dies):
     return str(error.value)
 
 
-def shared_numbers(reachable):
-    """What each rank reads in both ranks' memory; where they are not `reachable`, rank 1 names another process."""
+def numbers_of_peers(reachable):
+    """What each rank reads of the other's parameters, two views of one storage, after that one has changed them."""
     rank = torch.distributed.get_rank()
     if rank == 1 and not reachable:
         os.getpid = lambda: 1
-    memory = share_memory(8 * (rank + 1))
-    if memory is None:
+    numbers = torch.full((6,), rank + 5)
+    mine = {"whole": numbers, "column": numbers.view(3, 2)[:, 1]}
+    peers = share_parameters(mine, [(1 - rank, "column"), (1 - rank, "whole")])
+    if peers is None:
         return None
-    memory[rank].fill_(rank + 5)
+    numbers[5] = 0
     torch.distributed.barrier()
-    return [part.tolist() for part in memory]
+    return {name: peers[1 - rank, name].tolist() for name in mine}
 
 
-def test_ranks_share_memory_where_all_reach_all():
-    assert launch(2, shared_numbers, True) == [[[5] * 8, [6] * 16]] * 2
-    assert launch(2, shared_numbers, False) == [None, None]
+def test_ranks_read_each_others_parameters_where_all_reach_all():
+    assert launch(2, numbers_of_peers, True) == [
+        {"whole": [value] * 5 + [0], "column": [value, value, 0]} for value in (6, 5)
+    ]
+    assert launch(2, numbers_of_peers, False) == [None, None]
 
 
 def test_refit_on_one_rank(tiny_checkpoint):
@@ -190,7 +196,8 @@ def test_refit_between_layouts_on_two_ranks(tiny_checkpoint):
         tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=True),
         tiny_checkpoint("llava"),
     )
-    launch(2, several_ranks, [(qwen, 1, [(1, 1), (2, 1), (1, 2)]), (tied, 2, [(1, 2), (2, 1)]), (llava, 2, [(1, 2)])])
+    layouts = [(qwen, 1, [(1, 1), (2, 1), (1, 2)]), (tied, 2, [(1, 2), (2, 1)]), (llava, 2, [(1, 2), (1, 1)])]
+    launch(2, several_ranks, layouts)
 
 
 def test_refit_between_layouts_on_four_ranks(tiny_checkpoint):
@@ -198,12 +205,20 @@ def test_refit_between_layouts_on_four_ranks(tiny_checkpoint):
     launch(4, several_ranks, [(folder, 1, [(2, 2)]), (folder, 2, [(2, 2), (1, 2)])])
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_a_silent_rank_stops_all_ranks_with_phase_and_bucket(tiny_checkpoint, dies):
+@pytest.mark.parametrize(
+    "dies, reachable, phase",
+    [
+        # The sleeper finds what the others had sent before they gave up.
+        (False, False, {1: r"transfer, bucket \d+ of \d+", 2: r"transfer, bucket [12] of \d+"}),
+        (True, False, {2: r"transfer, bucket [12] of \d+"}),
+        (True, True, {2: "finish"}),  # all have read what they want, and wait for the one that may not have
+    ],
+)
+def test_a_silent_rank_stops_all_ranks_with_phase_and_bucket(tiny_checkpoint, dies, reachable, phase):
     """A collective ends for the ranks that have all their parts: with three of them, all wait for the silent one."""
     context = multiprocessing.get_context("spawn")
     results, store = context.Queue(), launcher_store()
-    arguments = (3, store.port, silent_rank, (tiny_checkpoint("qwen2_5_vl"), dies), results)
+    arguments = (3, store.port, silent_rank, (tiny_checkpoint("qwen2_5_vl"), dies, reachable), results)
     ranks = [context.Process(target=_rank_main, args=(rank, *arguments)) for rank in range(3)]
     for process in ranks:
         process.start()
@@ -215,8 +230,8 @@ def test_a_silent_rank_stops_all_ranks_with_phase_and_bucket(tiny_checkpoint, di
                 continue
             heard.add(rank)
             assert error is None, error
-            bucket = r"\d+" if rank == 1 else "[12]"  # the sleeper finds what the others had sent before they gave up
-            assert re.match(rf"refit stopped on rank {rank} in phase transfer, bucket {bucket} of \d+: ", message)
+            where = phase.get(rank, phase[2])
+            assert re.match(rf"refit stopped on rank {rank} in phase {where}: ", message), message
     finally:
         for process in ranks:
             process.kill()

@@ -1,16 +1,17 @@
 """How a bucket's pieces get from rank to rank: read in place where ranks share memory, else by the process group.
 
 Both are used alike, on every rank and bucket after bucket: `launch(k + 1)`, then `receive(k)`, whose tensors are read
-before `launch(k + 2)`. So bucket k + 1 is prepared while k is written, and two buckets are all the memory there is.
+before `launch(k + 2)`. So bucket k + 1 is prepared while k is written, and two buckets are the most memory it takes.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from balcap_mega.rollout.refit.pieces import rectangle
 from balcap_mega.rollout.refit.plan import Bucket, Piece, RefitPlan
 
 Sources = Callable[[Sequence[Piece]], list[Tensor]]
@@ -61,27 +62,23 @@ class ProcessGroupExchange:
         return buffer[: bucket.send_elements], buffer[bucket.send_elements :][: bucket.receive_elements]
 
 
-class SharedMemoryExchange:
-    """A rank packs into its own memory, from which the others read: what several of them want stands there once."""
+class PeerExchange:
+    """Every rank reads the others' parameters where they stand: no rank waits for another between start and end."""
 
-    def __init__(self, plan: RefitPlan, sources: Sources, dtype: torch.dtype, memory: list[Tensor], timeout: float):
-        """memory: every rank's two halves of `plan.packed_elements`, mapped here (`share_memory`)."""
-        self._buckets, self._sources, self._timeout = plan.buckets, sources, timeout
-        self._halves = [halves.view(dtype).chunk(2) for halves in memory]
-        self._mine = self._halves[plan.rank]
-        self.buffer_bytes = memory[plan.rank].nbytes
+    buffer_bytes = 0
+
+    def __init__(self, plan: RefitPlan, parameters: Mapping[tuple[int, str], Tensor]):
+        """parameters: what `share_parameters` found of the other ranks'."""
+        self._buckets, self._parameters = plan.buckets, parameters
 
     def launch(self, number: int) -> None:
-        if number:  # all have packed the bucket before this one, and read the one before that, whose memory this takes
-            meet(torch.device("cpu"), self._timeout)
-        pieces = list({piece.offset: piece for piece in self._buckets[number].sends}.values())
-        if pieces:
-            torch._foreach_copy_([_at(self._mine[number % 2], piece) for piece in pieces], self._sources(pieces))
+        pass
 
     def receive(self, number: int) -> list[Tensor]:
-        if number + 1 == len(self._buckets):  # no launch follows in which the ranks would meet
-            meet(torch.device("cpu"), self._timeout)
-        return [_at(self._halves[piece.source_rank][number % 2], piece) for piece in self._buckets[number].receives]
+        return [
+            rectangle(self._parameters[piece.source_rank, piece.source.parameter], piece.source)
+            for piece in self._buckets[number].receives
+        ]
 
 
 def meet(device: torch.device, timeout: float) -> None:
@@ -128,7 +125,3 @@ def _unpack(buffer: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
     """Views of `buffer`, one after the other, as [rows, cols] of each piece."""
     parts = buffer.split([piece.elements for piece in pieces]) if pieces else ()
     return [part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)]
-
-
-def _at(buffer: Tensor, piece: Piece) -> Tensor:
-    return buffer[piece.offset : piece.offset + piece.elements].view(piece.shape)

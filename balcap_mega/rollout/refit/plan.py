@@ -7,7 +7,7 @@ it wants copies it; otherwise the holder that has sent least so far sends it. No
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from balcap_mega.models.mapping import Block, Span
 
@@ -23,17 +23,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of the Hugging Face tensor `hf_name` that stands at `source` on one rank and goes to `target`.
-
-    offset: in elements, where a sender that packs what several ranks want once has it among its bucket's sends
-    """
+    """A rectangle of the Hugging Face tensor `hf_name` that stands at `source` on one rank and goes to `target`."""
 
     hf_name: str
     source_rank: int
     source: Place
     target_rank: int
     target: Place
-    offset: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,10 +63,6 @@ class Bucket:
     def receive_elements(self) -> int:
         return sum(piece.elements for piece in self.receives)
 
-    @property
-    def packed_elements(self) -> int:
-        return max((piece.offset + piece.elements for piece in self.sends), default=0)
-
 
 @dataclass(frozen=True)
 class RefitPlan:
@@ -101,11 +93,6 @@ class RefitPlan:
     def buffer_elements(self) -> int:
         """The largest bucket's sends and receives together; two such buckets live at a time."""
         return max((bucket.send_elements + bucket.receive_elements for bucket in self.buckets), default=0)
-
-    @property
-    def packed_elements(self) -> int:
-        """The largest bucket's sends, what several ranks want counted once."""
-        return max((bucket.packed_elements for bucket in self.buckets), default=0)
 
 
 def plan_refit(
@@ -253,7 +240,6 @@ class _BucketPacker:
             for piece in pieces:
                 if piece.source_rank != piece.target_rank:
                     self.sent[piece.source_rank] = self.sent.get(piece.source_rank, 0) + piece.elements
-                    piece = self._placed(piece)
                 if self.rank in (piece.source_rank, piece.target_rank):
                     self.own.append(piece)
             start = stop
@@ -274,17 +260,8 @@ class _BucketPacker:
         self.load += load
         return pieces
 
-    def _placed(self, piece: Piece) -> Piece:
-        place = piece.source_rank, piece.source
-        if place not in self.offsets:
-            self.offsets[place] = self.packed[piece.source_rank]
-            self.packed[piece.source_rank] += piece.elements
-        return replace(piece, offset=self.offsets[place])
-
     def _open(self) -> None:
         self.load: Counter[tuple[int, bool]] = Counter()
-        self.packed: Counter[int] = Counter()
-        self.offsets: dict[tuple[int, Place], int] = {}
         self.own: list[Piece] = []
 
     def _close(self) -> None:

@@ -12,17 +12,17 @@ from balcap_mega.errors import UserError
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit.exchange import (
     Exchange,
+    PeerExchange,
     ProcessGroupExchange,
-    SharedMemoryExchange,
     all_to_all,
     meet,
     split_sizes,
     wait,
     world_size,
 )
+from balcap_mega.rollout.refit.peers import share_parameters
 from balcap_mega.rollout.refit.pieces import CorruptPieces, Write, checksums, rectangle
 from balcap_mega.rollout.refit.plan import Bucket, Piece, RefitPlan
-from balcap_mega.rollout.refit.shared_memory import share_memory
 
 BUCKET_BYTES = 2**28
 
@@ -44,7 +44,7 @@ class RefitReport:
     local_bytes:       copied within the rank
     sent_bytes, received_bytes: exchanged with other ranks
     lower_bound_bytes: what the rank's engine needed and the rank did not hold
-    buffer_bytes:      the peak of extra memory: two buckets
+    buffer_bytes:      the peak of extra memory: two buckets, or none where ranks read each other's weights in place
     """
 
     seconds: dict[str, float]
@@ -81,9 +81,11 @@ class Refit:
         self._verify_every = verify_every
         self._runs = 0
         self._dtype = engine.dtype
-        self._memory = None
+        self._peers = None
         if world_size() > 1 and engine.device.type == "cpu":
-            self._memory = share_memory(2 * plan.packed_elements * engine.dtype.itemsize)
+            sent = {piece.source.parameter for bucket in plan.buckets for piece in bucket.sends}
+            wanted = {(piece.source_rank, piece.source.parameter) for b in plan.buckets for piece in b.receives}
+            self._peers = share_parameters({name: self._parameters[name] for name in sent}, wanted)
         init_info = {"target_elements": plan.target_elements, "dtype": engine.dtype}
         self._rpc("init_weight_transfer_engine", init_info=init_info)
 
@@ -130,8 +132,8 @@ class Refit:
                 self._rpc("update_weights", update_info=update)
 
     def _exchange(self) -> Exchange:
-        if self._memory is not None:
-            return SharedMemoryExchange(self._plan, self._sources, self._dtype, self._memory, self._timeout)
+        if self._peers is not None:
+            return PeerExchange(self._plan, self._peers)
         return ProcessGroupExchange(self._plan, self._sources, self._dtype, self._engine.device, self._timeout)
 
     def _launch(self, exchange: Exchange, number: int) -> None:

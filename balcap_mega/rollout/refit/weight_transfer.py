@@ -70,6 +70,8 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
 
     def receive_weights(self, update_info: InPlaceUpdateInfo, load_weights: None = None) -> None:
         """Write one bucket. Raises CorruptPieces where a checksum differs. (`load_weights` is vLLM 0.24's, unused.)"""
+        if not update_info.writes:  # a band of rows that other ranks' engines have
+            return
         for layer in {_layer_of(write.place.parameter) for write in update_info.writes} - self._laid_out:
             if self._is_converted(layer):
                 self._lay_out(layer)
