@@ -246,7 +246,7 @@ def main() -> None:
             results["step"] = run_step(llava, *sizes, arguments.repeats)
             print(json.dumps(results["step"]), flush=True)
         if "trl" in arguments.cases:
-            results["trl"] = run_trl(llava, *sizes)
+            results["trl"] = run_trl(llava, *sizes, arguments.repeats)
             print(json.dumps(results["trl"]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
