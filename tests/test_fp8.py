@@ -128,7 +128,8 @@ def logprobs_and_gradients(folder, cuda, **model):
     """
     parallel, platform, layout = cuda
     config = ModelConfig(path=str(folder), **model)
-    learner = Learner(folder, config, parallel, OptimizerConfig(learning_rate=0), AlgorithmConfig(), platform)
+    unclipped = OptimizerConfig(learning_rate=0, max_grad_norm=1e9)  # clipping scales `main_grad` in place
+    learner = Learner(folder, config, parallel, unclipped, AlgorithmConfig(), platform)
     [microbatches] = make_batch(folder, learner, layout, fp8="hybrid")
     learner.update(microbatches)
     logprobs = torch.cat(learner.logprobs(microbatches))

@@ -35,7 +35,12 @@ def fp8_options(model: ModelConfig) -> dict[str, Any]:
     if model.fp8 == "none":
         return {}
     delayed = model.fp8_recipe == "delayed"
-    history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if delayed else {}
+    history = {
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        # After every row. Data-parallel ranks have different numbers of rows: reduced over them too, one would hang.
+        "tp_only_amax_red": True,
+    }
     return {
         "fp8": model.fp8,
         "fp8_recipe": model.fp8_recipe,
@@ -43,7 +48,7 @@ def fp8_options(model: ModelConfig) -> dict[str, Any]:
         # Weights are quantised anew for every row, which costs under a hundredth of its GEMMs. Kept instead, they and
         # their transposes would take two bytes a parameter, also while the engine generates.
         "disable_parameter_transpose_cache": True,
-        **history,
+        **(history if delayed else {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""Layer specs of the language model: Megatron's own linears, or Transformer Engine's where that is installed on a GPU.
+"""Layer specs of the language model: Megatron's own linears, or Transformer Engine's for bfloat16 on a GPU that has it.
 
 Both compute attention with `SegmentAttention`, which reads the packed row's segments where Megatron passes a mask.
 """

@@ -107,9 +107,8 @@ class VisionLanguagePolicy(MegatronModule):
         self.freeze_vision = freeze_vision
         self.transformer_engine = transformer_engine
         self._frozen_embeddings: WeakKeyDictionary[VisionInputs, Tensor] = WeakKeyDictionary()
-        self.vision = build_vision_tower(architecture.vision) if layout.is_first_stage else None
+        self.vision = build_vision_tower(architecture.vision, config.params_dtype) if layout.is_first_stage else None
         if self.vision is not None:
-            self.vision.to(config.params_dtype)
             for parameter in self.vision.parameters():
                 parameter.requires_grad_(parameter.requires_grad and not freeze_vision)
                 setattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, True)  # each TP rank encodes its share of the images
@@ -196,11 +195,13 @@ def build_policy(
     check_fp8(architecture, model, parallel)
     if platform.is_cuda:
         check_fp8_machine(model, platform.device)
+    # Not for float32, which it multiplies as TF32: a thousand times the error.
+    transformer_engine = platform.is_cuda and model.dtype == "bfloat16" and transformer_engine_version() is not None
     with platform.megatron(), torch.device(platform.device):
         policy = VisionLanguagePolicy(
             architecture,
             architecture.transformer_config(model, parallel, platform, **fp8_options(model)),
             freeze_vision=model.freeze_vision,
-            transformer_engine=platform.is_cuda and transformer_engine_version() is not None,
+            transformer_engine=transformer_engine,
         )
     return policy.to(platform.device)

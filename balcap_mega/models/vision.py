@@ -74,9 +74,12 @@ class LlavaVisionTower(nn.Module):
         return self.multi_modal_projector(hidden[:, 1:]).flatten(0, 1)
 
 
-def build_vision_tower(config: PretrainedConfig) -> Qwen2_5_VisionTower | LlavaVisionTower:
-    """The tower of `config` (a whole model's transformers config), its weights not yet read."""
-    return {"qwen2_5_vl": Qwen2_5_VisionTower, "llava": LlavaVisionTower}[config.model_type](config)
+def build_vision_tower(config: PretrainedConfig, dtype: torch.dtype) -> Qwen2_5_VisionTower | LlavaVisionTower:
+    """The tower of `config` (a whole model's transformers config), its weights of that dtype and not yet read."""
+    tower = {"qwen2_5_vl": Qwen2_5_VisionTower, "llava": LlavaVisionTower}[config.model_type](config)
+    for parameter in tower.parameters():  # `tower.to(dtype)` would round the rotary frequencies, a buffer, as well
+        parameter.data = parameter.data.to(dtype)
+    return tower
 
 
 def encode_images(
