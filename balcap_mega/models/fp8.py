@@ -38,7 +38,7 @@ def fp8_options(model: ModelConfig) -> dict[str, Any]:
     history = {
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
-        # After every row. Data-parallel ranks have different numbers of rows: reduced over them too, one would hang.
+        # Reduced after every row. Data-parallel ranks may have different numbers of rows, and would wait for ever.
         "tp_only_amax_red": True,
     }
     return {

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from packaging.version import Version
 
+from balcap_mega.errors import UserError
 from balcap_mega.models.attention import SegmentAttention
 
 
@@ -52,6 +53,12 @@ def transformer_engine_version() -> Version | None:
 
 def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
     """Norms are fused into the linear that follows them; FP8 is switched on by the config around each layer."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401 (where it does not load, Megatron would go on with a mock of it)
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"Transformer Engine is installed, but does not load: {error}", remedy="bash launch/install.sh --cuda"
+        ) from error
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
     class ColumnLinear(_NoExtraState, TELayerNormColumnParallelLinear):
