@@ -3,7 +3,10 @@
 Both compute attention with `SegmentAttention`, which reads the packed row's segments where Megatron passes a mask.
 """
 
+import os
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -59,6 +62,7 @@ def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
         raise UserError(
             f"Transformer Engine is installed, but does not load: {error}", remedy="bash launch/install.sh --cuda"
         ) from error
+    _show_cuda_headers()
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
     class ColumnLinear(_NoExtraState, TELayerNormColumnParallelLinear):
@@ -68,6 +72,15 @@ def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
         pass
 
     return _layer(ColumnLinear, ColumnLinear, RowLinear, norm=RMSNorm, separate_norms=False)
+
+
+def _show_cuda_headers() -> None:
+    """Transformer Engine compiles FP8 kernels as it runs, and finds a CUDA toolkit, but not the wheels of CUDA 13."""
+    nvidia = find_spec("nvidia")
+    for folder in nvidia.submodule_search_locations if nvidia else ():
+        headers = Path(folder, "cu13", "include")
+        if (headers / "cuda_runtime.h").is_file():
+            os.environ.setdefault("NVTE_CUDA_INCLUDE_DIR", str(headers))
 
 
 class _NoExtraState:
