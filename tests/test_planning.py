@@ -77,6 +77,13 @@ def test_fp8_is_refused_where_the_run_would_refuse_it():
         planner.plan(Layout.of(planner.config))
 
 
+def test_fp8_keeps_two_bytes_a_weight_from_forward_to_backward():
+    planner = Planner.of(recipe("qwen2_5_vl_7b", "model.fp8=hybrid", "rollout.prompts_per_step=64"), Cluster(1))
+    update = planner.plan(Layout.of(planner.config)).memory.peak("update")
+    layers = 28 * (3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944)
+    assert update.parts["FP8 weights"] == pytest.approx(2 * layers / planner.config.parallel.tensor, rel=1e-4)
+
+
 def test_a_search_tries_everything_and_keeps_its_reasons():
     planner = Planner.of(recipe("qwen2_5_vl_3b"), Cluster(1))
     found = search(planner)

@@ -20,6 +20,8 @@ class Platform:
     @classmethod
     def resolve(cls, device: Literal["auto", "cpu", "cuda"]) -> "Platform":
         """The platform that `parallel.device` asks for; `auto` takes the GPU where there is one."""
+        # One hardware queue: Megatron overlaps a layer's all-reduce with the next GEMM only if they start in order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # before CUDA is asked anything
         available = torch.cuda.is_available()
         if device == "cuda" and not available:
             raise UserError(
@@ -28,8 +30,6 @@ class Platform:
         if device == "cpu" or not available:
             return cls(torch.device("cpu"), "gloo")
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        # One hardware queue: Megatron overlaps a layer's all-reduce with the next GEMM only if they start in order.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
         return cls(torch.device("cuda", local_rank), "nccl")
 

@@ -83,7 +83,7 @@ def predict_memory(
         trained = parameters.language + (0 if config.model.freeze_vision else parameters.vision)
         shards = rows.data_size if parallel.distributed_optimizer else 1
         state = {"gradients": FP32 * trained, "optimizer": OPTIMIZER_BYTES * trained / shards}
-        training = base | state | _backward(config, architecture, workload, rows, stage)
+        training = base | state | _backward(config, architecture, workload, rows, stage, parameters.layers)
         moving = base | {"buckets": 2 * BUCKET_BYTES}
         if turns:
             parts = {
@@ -107,10 +107,10 @@ def predict_memory(
 
 
 def _backward(
-    config: RunConfig, architecture: Architecture, workload: Workload, rows: Rows, stage: int
+    config: RunConfig, architecture: Architecture, workload: Workload, rows: Rows, stage: int, weights: int
 ) -> dict[str, float]:
-    """What a stage's passes over rows take beyond weights, gradients and optimizer, 1F1B: the earlier a stage, the more
-    rows have passed it forward and not yet backward."""
+    """What a stage's passes over rows take beyond its `weights`, gradients and optimizer, 1F1B: the earlier a stage, the
+    more rows have passed it forward and not yet backward."""
     parallel = config.parallel
     activations = Activations(architecture, parallel.tensor, parallel.sequence, config.model.recompute)
     layers = architecture.layers_per_stage(parallel.pipeline)[stage]
@@ -119,6 +119,8 @@ def _backward(
         "activations": in_flight * layers * sum(activations.layer(rows.largest.tokens).values()),
         "working": activations.working(rows.largest.tokens),
     }
+    if config.model.fp8 != "none":  # each weight and its transpose, a byte each, from a row's forward to its backward
+        parts["FP8 weights"] = 2 * weights * (1 / layers if config.model.recompute == "full" else in_flight)
     if stage == 0:  # kept for all of a step's passes
         images = workload.updates * rows.total.images
         parts["image embeddings"] = BF16 * images * workload.image_tokens * architecture.hidden_size
