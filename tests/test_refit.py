@@ -13,12 +13,14 @@ from transformers import AutoModelForImageTextToText
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.checkpoint_io import import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit, transfer
 from balcap_mega.rollout.refit.peers import share_parameters
+from balcap_mega.rollout.refit.pieces import checksums
 from balcap_mega.rollout.refit.transfer import RefitError
 from balcap_mega.rollout.vllm_runtime import import_vllm
 from tests.distributed import _rank_main, launch, launcher_store
@@ -29,12 +31,13 @@ TOLERANCE = 1e-4
 BUCKET_BYTES = 2**16  # many buckets, tensors cut by them, and rows of a vocabulary that only one rank wants
 
 
-def make_engine(folder, tensor_parallel: int, verify_every: int = 1) -> RolloutEngine:
+def make_engine(folder, tensor_parallel: int, *, fp8: bool = False) -> RolloutEngine:
     config = RolloutConfig(
-        group_size=2, max_tokens=12, max_model_len=512, tensor_parallel=tensor_parallel,
-        verify_refit_every=verify_every, timeout_seconds=60,
+        group_size=2, max_tokens=12, max_model_len=512, tensor_parallel=tensor_parallel, fp8=fp8,
+        verify_refit_every=1, timeout_seconds=60,
     )  # fmt: skip
-    return RolloutEngine(folder, config, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+    dtype = torch.bfloat16 if fp8 else torch.float32
+    return RolloutEngine(folder, config, device=torch.device("cpu"), dtype=dtype, seed=0)
 
 
 def new_weights(folder, seed: int):
@@ -47,12 +50,12 @@ def new_weights(folder, seed: int):
     return model
 
 
-def make_policy(folder, tensor: int, pipeline: int, *, freeze_vision: bool = False):
+def make_policy(folder, tensor: int, pipeline: int, *, freeze_vision: bool = False, dtype: str = "float32"):
     """The policy at that layout, and the layout's config."""
     platform, parallel = Platform.resolve("cpu"), ParallelConfig(tensor=tensor, pipeline=pipeline, device="cpu")
     destroy_parallel()
     initialize_parallel(parallel, platform)
-    model = ModelConfig(path=str(folder), dtype="float32", freeze_vision=freeze_vision)
+    model = ModelConfig(path=str(folder), dtype=dtype, freeze_vision=freeze_vision)
     return build_policy(Architecture.from_folder(folder), model, parallel, platform), parallel
 
 
@@ -100,6 +103,28 @@ def check_wrong_checksum(folder, engine):
     refit._expected_checksums = lambda bucket: as_sent(bucket) + torch.eye(1, 2, dtype=torch.int64)
     with pytest.raises(RefitError, match=r"rank 0 in phase transfer, bucket 1 of \d+: .*not what the trainer sent"):
         refit.run()
+
+
+def quantised(old, new):
+    """The refit of `new` into an FP8 engine of `old`: as if it had loaded `new`, in the memory that its graphs know."""
+
+    def parameters(engine):
+        found = {}
+        engine.llm.apply_model(lambda model: found.update(model.named_parameters()))
+        return {name: parameter.detach() for name, parameter in found.items()}
+
+    loaded, engine, prompts = make_engine(new, 1, fp8=True), make_engine(old, 1, fp8=True), make_prompts(2)
+    before, expected = parameters(engine), parameters(loaded)
+    assert sum(parameter.dtype == torch.float8_e4m3fn for parameter in before.values()) == 2 * 4  # of the inner layers
+    policy, parallel = make_policy(new, 1, 1, dtype="bfloat16")
+    import_checkpoint(new, policy)
+    refit = build_refit(policy, engine, parallel, bucket_bytes=BUCKET_BYTES)
+    for _ in range(2):
+        refit.run()
+        assert engine.sample(prompts, step=0) == loaded.sample(prompts, step=0)
+        for name, parameter in parameters(engine).items():
+            assert torch.equal(parameter.float(), expected[name].float()), name
+            assert parameter.data_ptr() == before[name].data_ptr() and parameter.stride() == before[name].stride()
 
 
 def several_ranks(cases):
@@ -188,6 +213,18 @@ def test_ranks_read_each_others_parameters_where_all_reach_all():
 
 def test_refit_on_one_rank(tiny_checkpoint):
     launch(1, one_rank, [tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=True), tiny_checkpoint("llava")])
+
+
+def test_refit_in_fp8_is_what_loading_is(tiny_checkpoint):
+    launch(1, quantised, tiny_checkpoint("qwen2_5_vl"), tiny_checkpoint("qwen2_5_vl", seed=1))
+
+
+def test_checksums_are_the_same_under_any_default_device():
+    """vLLM 0.24 makes the GPU the default device while it updates weights."""
+    values = [torch.arange(6.0).view(2, 3)]
+    with torch.device("meta"):
+        found, none = checksums(values, torch.float32), checksums([], torch.float32)
+    assert torch.equal(found, checksums(values, torch.float32)) and none.device.type == "cpu"
 
 
 def test_refit_between_layouts_on_two_ranks(tiny_checkpoint):

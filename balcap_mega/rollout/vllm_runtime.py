@@ -15,6 +15,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay as the launcher placed them
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it knows no seeds, and would be compiled, or missed, for profiling alone
 }
 
 

@@ -29,13 +29,14 @@ def rectangle(parameter: Tensor, place: Place) -> Tensor:
 
 
 def checksums(rectangles: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """[n, 2] int64: of each rectangle's bits, as numbers of `dtype`, their sum and their sum weighted by position."""
-    return torch.stack([_checksum(values, dtype) for values in rectangles]) if rectangles else torch.zeros(0, 2).long()
+    """[n, 2] int64, on the CPU: of each rectangle's bits, as numbers of `dtype`, sum and sum weighted by position."""
+    empty = torch.zeros(0, 2, dtype=torch.int64, device="cpu")
+    return torch.stack([_checksum(values, dtype) for values in rectangles]) if rectangles else empty
 
 
 def _checksum(values: Tensor, dtype: torch.dtype) -> Tensor:
     integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    total = torch.zeros(2, dtype=torch.int64)
+    total = torch.zeros(2, dtype=torch.int64, device="cpu")  # vLLM 0.24 makes its GPU the default while it updates
     position = 0
     for rows in values.split(max(CHECKSUM_CHUNK // max(values.shape[1], 1), 1)):
         bits = rows.to(dtype).contiguous().view(integers).flatten().long()
