@@ -109,7 +109,7 @@ def predict_memory(
 def _backward(
     config: RunConfig, architecture: Architecture, workload: Workload, rows: Rows, stage: int, weights: int
 ) -> dict[str, float]:
-    """What a stage's passes over rows take beyond its `weights`, gradients and optimizer, 1F1B: the earlier a stage, the
+    """What passes over rows take beyond a stage's `weights`, gradients and optimizer, 1F1B: the earlier a stage, the
     more rows have passed it forward and not yet backward."""
     parallel = config.parallel
     activations = Activations(architecture, parallel.tensor, parallel.sequence, config.model.recompute)
