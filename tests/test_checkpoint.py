@@ -311,13 +311,25 @@ def test_only_whole_and_genuine_checkpoints_are_resumed(tiny_checkpoint, tmp_pat
     shard.write_bytes(whole_bytes)
 
     index = tmp_path / "step_000003" / "megatron" / ".metadata"
-    [(_, stored), *_] = pickle.loads(index.read_bytes()).storage_data.items()
+    metadata = pickle.loads(index.read_bytes())
+    [(_, stored), *_] = metadata.storage_data.items()
     extra_state = io.BytesIO()  # a layer's, which torch reads with `weights_only=False`
     torch.save(Foreign(), extra_state, _use_new_zipfile_serialization=False)
     assert stored.offset == 0 and extra_state.tell() < stored.length
     forge(shard, extra_state.getvalue() + whole_bytes[extra_state.tell() :])
     assert f"{shard.name} refers to posix.system" in loads(folder, tmp_path, {})
     forge(shard, whole_bytes)
+
+    common = index.with_name("common.pt")
+    whole_common, values = common.read_bytes(), torch.load(common, weights_only=True)
+    values["optimizer"].clear()
+    torch.save(values, common)
+    forge(common, common.read_bytes())
+    assert "its parts do not go together (KeyError: 'optimizer')" in loads(folder, tmp_path, {})
+    forge(common, whole_common)
+    metadata.storage_data.popitem()  # of numbers and names alone, as it should be, and one too few
+    forge(index, pickle.dumps(metadata))
+    assert "its parts do not go together (KeyError: " in loads(folder, tmp_path, {})
     forge(index, pickle.dumps(Foreign()))
     assert ".metadata refers to posix.system" in loads(folder, tmp_path, {})
     assert latest_checkpoint(tmp_path / "nowhere") is None

@@ -18,6 +18,8 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,6 +29,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.groups import current_layout
@@ -78,18 +82,37 @@ def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: Chain
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     _allocate_state(optimizer)
     state = sharded_state(model, optimizer, is_loading=True)
-    try:
-        loaded = dist_checkpointing.load(state, str(path / "megatron"), strict=StrictHandling.RAISE_ALL)
-    except CheckpointingException as error:
-        raise UserError(
-            f"checkpoint {path} is of another model, or was trained with other weights frozen ({str(error)[:500]})",
-            remedy="resume with the run's own config.yaml, or choose another output_dir",
-        ) from error
-    model.module.load_state_dict(loaded["model"])
-    _load_optimizer(optimizer, loaded["optimizer"])
-    if manifest["layout"] == layout_sizes():
-        load_random_state(path / "random" / f"rank_{torch.distributed.get_rank():05d}.safetensors")
+    with _naming(path):
+        try:
+            loaded = dist_checkpointing.load(state, str(path / "megatron"), strict=StrictHandling.RAISE_ALL)
+        except CheckpointingException as error:
+            raise UserError(
+                f"checkpoint {path} is of another model, or was trained with other weights frozen ({str(error)[:500]})",
+                remedy="resume with the run's own config.yaml, or choose another output_dir",
+            ) from error
+        model.module.load_state_dict(loaded["model"])
+        _load_optimizer(optimizer, loaded["optimizer"])
+        if manifest["layout"] == layout_sizes():
+            load_random_state(path / "random" / f"rank_{torch.distributed.get_rank():05d}.safetensors")
     return manifest["extra"]
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Files that are as the manifest has them may still not go together: all of it may be forged.
+
+    What comes of another rank that is gone (RuntimeError) is no damage, and is left alone.
+    """
+    try:
+        yield
+    except (CheckpointException, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # torch gathers what its planner and reader met, on all ranks.
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise _damaged(path, f"its parts do not go together ({type(first).__name__}: {first})") from error
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"checkpoint {path} is damaged: {what}", remedy="delete it to resume from an older one")
 
 
 def sharded_state(model: DistributedDataParallel, optimizer: ChainedOptimizer, *, is_loading: bool) -> dict:
@@ -181,4 +204,4 @@ def _verify(path: Path) -> None:
     torch.distributed.all_gather_object(reports, damage)
     for report in reports:
         if report is not None:
-            raise UserError(f"checkpoint {path} is damaged: {report}", remedy="delete it to resume from an older one")
+            raise _damaged(path, report)

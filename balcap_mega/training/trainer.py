@@ -110,18 +110,17 @@ class Trainer:
         """Load the last checkpoint, if any; return the number of steps it has behind it."""
         path = from_first_rank(latest_checkpoint(self.checkpoints.folder))
         if path is not None:
-            with self._learners_turn():
+            with self._learners_turn(), self.learner.platform.megatron():
                 extra = load_checkpoint(path, self.learner.model, self.learner.optimizer)
             self.checkpoints.last = extra["step"]
         return self.checkpoints.last
 
     @contextmanager
     def _learners_turn(self) -> Iterator[None]:
-        """Between steps the device's memory is the engine's; inside it is the learner's, for what Megatron does."""
+        """Between steps the device's memory is the engine's; inside it is the learner's."""
         self.engine.sleep()
         self.learner.onload()
-        with self.learner.platform.megatron():
-            yield
+        yield
         self.learner.offload()
         self.engine.wake_weights()
         self.engine.wake_cache()
