@@ -3,12 +3,12 @@
 #   bash benchmarks/h100.sh [--fresh] [--budget SECONDS] [PART ...]
 # Parts run in order of their worth, each under a time limit; one that fails or runs out leaves the others alone. With
 # --budget no part starts that might not end in time. A second call does only what has not passed. Logs and numbers
-# stand in runs/h100/ as soon as they are there; numbers are copied to benchmarks/results/, and all of it to $OUT if that
-# is set. The attention part also changes balcap_mega/models/attention_backends/measured.json, from which the policy
-# chooses its backend. Ends with one table. Exit status: 0 all parts passed, 1 a part failed or is left, 3 no GPU.
+# stand in runs/h100/ as soon as they are there; numbers are copied to benchmarks/results/, and all of it, as one archive,
+# to $OUT if that is set. What the attention part finds also goes to the file from which the policy chooses its backend.
+# Ends with one table. Exit status: 0 all parts passed, 1 a part failed or is left, 3 no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-results=runs/h100
+results=runs/h100 backends=balcap_mega/models/attention_backends
 python="${PYTHON:-$( [ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3 )}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 budget=0 wanted=()
@@ -21,10 +21,11 @@ while [ $# -gt 0 ]; do
     shift
 done
 mkdir -p "$results"
+[ -e "$results/measured.json" ] || cp "$backends/measured.json" "$results"/
 [ -e balcap_mega/kernels ] || ln -s ../kernels balcap_mega/kernels # a copy of the tree may have lost its link
 
-if ! "$python" -c 'import balcap_mega, torch, triton' 2> "$results/import.log"; then
-    echo "error: $python cannot import balcap_mega, torch and triton — pip install -e '.[cuda]'" >&2
+if ! "$python" -c 'import balcap_mega.config.schema, megatron.core, torch, triton' 2> "$results/import.log"; then
+    echo "error: $python lacks what every part needs — pip install -e '.[cuda]'" >&2
     tail -n 1 "$results/import.log" >&2
     exit 1
 fi
@@ -43,9 +44,10 @@ for package in pytest transformer_engine vllm liger_kernel trl; do installed "$p
 names=() states=()
 copy_results() {
     cp "$results"/*_h100.json benchmarks/results/ 2> /dev/null
-    cp balcap_mega/models/attention_backends/measured.json "$results"/
-    if [ -n "${OUT:-}" ]; then cp -r "$results" "$OUT"/ 2> /dev/null; fi
+    cp "$results/measured.json" "$backends"/
+    if [ -n "${OUT:-}" ]; then tar -czf "$OUT/h100.tar.gz" -C "${results%/*}" "${results##*/}"; fi
 }
+copy_results # an earlier call's, if this is a new copy of the tree
 # part NAME SECONDS NEEDS COMMAND...: run it unless it has passed before; its output goes to NAME.log
 part() {
     local name="$1" limit="$2" needs="$3" log="$results/$1.log" start=$SECONDS status
@@ -88,16 +90,16 @@ part tests_fp8 240 "pytest transformer_engine" "${tests[@]}" tests/test_fp8.py -
 part throughput_7b 360 vllm "${step[@]}" --model qwen2_5_vl_7b --layers 8
 part lm_head 400 "" "${kernels[@]}" --ops lm_head --only bound balcap eager
 part reward_to_loss 120 "" "${kernels[@]}" --ops reward_to_loss
-part attention 180 "" "$python" benchmarks/attention.py --record --json "$results/attention_h100.json"
+part attention 180 "" "$python" benchmarks/attention.py --record "$results/measured.json" --json "$results/attention_h100.json"
 part refit 360 vllm "$python" benchmarks/refit.py --model 7b --gib 6 --json "$results/refit_h100.json"
 part throughput_7b_fp8 360 "vllm transformer_engine" "${step[@]}" --model qwen2_5_vl_7b --layers 8 --fp8 hybrid --rollout-fp8
 part throughput_llava 360 vllm "${step[@]}" --model llava15_7b --layers 10
 part checkpoint_io 200 "" "$python" benchmarks/checkpoint_io.py --model 7b --gib 4
 part logprobs 240 "" "${kernels[@]}" --ops logprobs --only bound balcap eager
-part learning_fp8 580 "pytest vllm transformer_engine" "${tests[@]}" tests/test_fp8.py -k learns
+part learning_fp8 540 "pytest vllm transformer_engine" "${tests[@]}" tests/test_fp8.py -k learns
 mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py | grep -vE 'test_(kernels|attention|colocation|fp8)\.py')
-[ ${#others[@]} -eq 0 ] || part tests_others 580 pytest "${tests[@]}" "${others[@]}"
-part kernels_others 580 "" "${kernels[@]}"
+[ ${#others[@]} -eq 0 ] || part tests_others 540 pytest "${tests[@]}" "${others[@]}"
+part kernels_others 540 "" "${kernels[@]}"
 
 echo
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv,noheader 2> /dev/null

@@ -45,7 +45,8 @@ def launch(world_size: int, target: Callable, *args: Any, timeout: float = 240) 
     Raises AssertionError with the first failing rank's traceback, or TimeoutError naming the silent ranks.
     Return plain Python values or numpy arrays: a tensor's shared memory would not outlive its process.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # of one process, which has imported and started nothing else
+    context.set_forkserver_preload(["tests.preloaded"])
     results = context.Queue()
     store = launcher_store()
     ranks = [
