@@ -53,7 +53,8 @@ def test_recipe_says_what_the_paper_says(recipe):
     assert config.model.freeze_vision
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# In miniature the recipe for 32B is that for 7B, key for key.
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "qwen2_5_vl_32b"])
 def test_recipe_runs_in_miniature(recipe, tiny_checkpoint, tmp_path):
     tied = recipe == "qwen2_5_vl_3b"  # as the real one is
     model = tiny_checkpoint(RECIPES[recipe], tie_word_embeddings=tied)

@@ -65,7 +65,7 @@ class DaliDecoder:
         @pipeline_def(
             batch_size=self._batch_size,
             num_threads=self._threads,
-            device_id=0 if on_gpu else None,
+            device_id=torch.cuda.current_device() if on_gpu else None,
             prefetch_queue_depth=1,
         )
         def decode():

@@ -108,7 +108,7 @@ def check_ranks(platform: Platform, job: Job) -> Iterator[Finding]:
 
 def check_software(config: RunConfig | None, platform: Platform) -> Iterator[Finding]:
     yield software.check_vllm(platform)
-    yield software.check_transformer_engine(platform)
+    yield software.check_transformer_engine(config, platform)
     yield software.check_flash_attention(platform)
     yield software.check_dali(config)
 

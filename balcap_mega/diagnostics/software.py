@@ -4,6 +4,7 @@ import importlib
 
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
+from balcap_mega.models.layer_specs import transformer_engine_version
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.vllm_runtime import import_vllm
 
@@ -25,10 +26,13 @@ def check_vllm(platform: Platform) -> Finding:
 
 
 @check("Transformer Engine")
-def check_transformer_engine(platform: Platform) -> Finding:
-    """Every layer of a policy on GPUs is built of it; on a CPU it is not used."""
+def check_transformer_engine(config: RunConfig | None, platform: Platform) -> Finding:
+    """Where it is installed, every layer of a policy on GPUs is built of it; on a CPU it is not used."""
     if not platform.is_cuda:
         return ok("not used on a CPU")
+    if transformer_engine_version() is None:
+        fp8 = config is not None and config.model.fp8 != "none"
+        return (fail if fp8 else warn)("not installed: no FP8, and layers are Megatron's own", INSTALL)
     if error := _import_error("transformer_engine.pytorch"):
         return fail(f"no policy can be built on GPUs: {error}", INSTALL)
     return ok("loads")
