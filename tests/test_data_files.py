@@ -197,6 +197,18 @@ def test_dali_and_pil_decode_every_kind_of_file_to_the_same_pixels():
                 np.testing.assert_array_equal(np.asarray(ours), np.asarray(dalis))
 
 
+def test_large_pictures_are_shrunk_in_their_shape(tmp_path):
+    for name, size in (("1.png", (90, 60)), ("2.png", (40, 30)), ("3.png", (2, 380))):
+        write_image(tmp_path / name, size)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(as_line, rows("1.png", "2.png", "3.png"))) + "\n")
+    config = DataConfig(
+        source="jsonl", path=str(tmp_path / "rows.jsonl"), image_root=str(tmp_path), eval_size=1, max_pixels=28 * 28
+    )
+    records = [dataset[index] for dataset in build_datasets(config, 0) for index in range(len(dataset))]
+    sizes = {record.id: record.image.size for record in records}
+    assert sizes == {"1.png": (34, 22), "2.png": (32, 24), "3.png": (2, 380)}
+
+
 def image_processors():
     declare_torchvision_operators()
     from transformers import CLIPImageProcessor, Qwen2VLImageProcessor

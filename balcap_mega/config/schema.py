@@ -81,6 +81,7 @@ class DataConfig(Section):
     train_size: Positive = 4096
     eval_size: Positive = 256
     image_backend: Literal["pil", "dali"] = "pil"
+    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None  # larger pictures are shrunk to it as they are loaded
     max_missing_fraction: Fraction = 0.01
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """Encoded image files to upright RGB pictures, by PIL or by DALI, with the same pixels."""
 
 import io
+import math
 import struct
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
@@ -145,12 +146,24 @@ def model_size(image_processor) -> TargetSize:
     return shorter_side_fixed
 
 
+def at_most(pixels: int) -> TargetSize:
+    """(height, width) of a picture ─► the same shape with no more pixels than that; a smaller one stays as it is."""
+
+    def shrunk(height: int, width: int) -> tuple[int, int]:
+        scale = min(math.sqrt(pixels / (height * width)), 1.0)
+        return max(int(height * scale), 1), max(int(width * scale), 1)
+
+    return shrunk
+
+
 def resize_for_model(image: Image.Image, target_size: TargetSize) -> Image.Image:
     """Resize as the model's processor would, whose own resizing then changes nothing.
 
     Torch's antialiased bicubic on bytes, for that is what the processors use; PIL's differs from it by up to 2 levels.
     """
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     size = target_size(image.height, image.width)
+    if size == (image.height, image.width):
+        return image
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
     return Image.fromarray(resized[0].permute(1, 2, 0).contiguous().numpy())

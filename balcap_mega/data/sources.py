@@ -4,7 +4,7 @@ import hashlib
 
 from balcap_mega.config.schema import DataConfig
 from balcap_mega.data.files import ImageFileDataset
-from balcap_mega.data.images import DaliDecoder, PilDecoder, TargetSize
+from balcap_mega.data.images import DaliDecoder, PilDecoder, at_most
 from balcap_mega.data.jsonl import read_jsonl
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.scenes.dataset import ScenesDataset
@@ -14,13 +14,10 @@ from balcap_mega.errors import UserError
 READERS = {"sharegpt4v": read_sharegpt4v, "jsonl": read_jsonl}
 
 
-def build_datasets(
-    config: DataConfig, seed: int, target_size: TargetSize | None = None
-) -> tuple[CaptionDataset, CaptionDataset]:
+def build_datasets(config: DataConfig, seed: int) -> tuple[CaptionDataset, CaptionDataset]:
     """The training and the evaluation dataset of a run, which share no image.
 
     A file's held-out images are those of the lowest path hashes: they depend on neither the seed nor the rows' order.
-    `target_size` (see `images.model_size`) shrinks pictures to what the model reads as they are loaded.
     """
     if config.source == "scenes":
         return (
@@ -31,7 +28,7 @@ def build_datasets(
         READERS[config.source](config.path, config.image_prefixes),
         config.image_root or ".",
         decode=DaliDecoder() if config.image_backend == "dali" else PilDecoder(),
-        target_size=target_size,
+        target_size=at_most(config.max_pixels) if config.max_pixels else None,
         max_missing_fraction=config.max_missing_fraction,
     )
     images = sorted({row.image for row in dataset.rows}, key=lambda image: hashlib.sha256(image.encode()).digest())

@@ -202,7 +202,7 @@ class RolloutEngine:
         except self._vllm.exceptions.VLLMValidationError as error:
             raise UserError(
                 f"record {prompt.record_index} does not fit rollout.max_model_len={self.config.max_model_len}: {error}",
-                remedy="raise rollout.max_model_len or use smaller images",
+                remedy="raise rollout.max_model_len or lower data.max_pixels",
             ) from error
 
     def _waited_for(self, prompts: Sequence[Prompt], captions: Sequence[dict[int, Rollout]], count: int) -> str:
