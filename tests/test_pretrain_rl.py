@@ -134,17 +134,20 @@ def test_interrupted_run_continues_to_the_same_weights(finished, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path, overrides, named):
-    script = ["launch/pretrain_rl.py", "--config", "configs/scenes_smoke.yaml", f"output_dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
-    done = subprocess.run(
-        [sys.executable, *script, *overrides], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120
-    )
+    done = refused(tmp_path / "run", *overrides)
     assert done.returncode == 2, done.stderr[-2000:]
     assert named in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_another_runs_folder_is_refused(finished):
-    done = train(finished, "seed=7")
-    assert done.returncode != 0
+    done = refused(finished, "seed=7")
+    assert done.returncode == 2
     assert "seed" in done.stderr and "another output_dir" in done.stderr
+
+
+def refused(output: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """Rank 0 of two alone: what is refused is refused before any rank waits for another."""
+    script = [sys.executable, "launch/pretrain_rl.py", "--config", "configs/scenes_smoke.yaml", f"output_dir={output}"]
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    return subprocess.run([*script, *overrides], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)

@@ -52,7 +52,7 @@ def test_recipe_says_what_the_paper_says(recipe):
     assert set(config.algorithm.weights) == {"precision", "recall", "linguistic"}
     assert config.model.freeze_vision
     largest = {"llava": 576, "qwen2_5_vl": (config.data.max_pixels or 0) // 28**2}[RECIPES[recipe]]
-    assert 0 < largest and 1.1 * largest + 100 + config.rollout.max_tokens < config.rollout.max_model_len
+    assert largest > 0 and 1.1 * largest + 100 + config.rollout.max_tokens < config.rollout.max_model_len
 
 
 # In miniature the recipe for 32B is that for 7B, key for key.
