@@ -14,13 +14,12 @@ from PIL import Image
 
 from balcap_mega.config.schema import DataConfig
 from balcap_mega.data.files import ImageFileDataset, ImageRow
-from balcap_mega.data.images import MOST_PIXELS, DaliDecoder, PilDecoder, model_size, resize_for_model
+from balcap_mega.data.images import MOST_PIXELS, DaliDecoder, PilDecoder
 from balcap_mega.data.jsonl import as_line, read_jsonl
 from balcap_mega.data.sampler import PromptSampler
 from balcap_mega.data.sharegpt4v import read_sharegpt4v
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.errors import UserError
-from balcap_mega.models.torchvision_operators import declare_torchvision_operators
 
 PHOTOS = Path(skimage.__file__).parent / "data"
 PHOTO_ROWS = Path(__file__).parent / "data" / "photos.jsonl"
@@ -207,47 +206,6 @@ def test_large_pictures_are_shrunk_in_their_shape(tmp_path):
     records = [dataset[index] for dataset in build_datasets(config, 0) for index in range(len(dataset))]
     sizes = {record.id: record.image.size for record in records}
     assert sizes == {"1.png": (34, 22), "2.png": (32, 24), "3.png": (2, 380)}
-
-
-def image_processors():
-    declare_torchvision_operators()
-    from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
-
-    return {
-        "qwen2_5_vl": Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 300}),
-        "llava": CLIPImageProcessor(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}),
-    }
-
-
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
-@pytest.mark.parametrize("decoder", [PilDecoder, DaliDecoder])
-def test_pixels_are_the_models_own_within_one_level(family, decoder):
-    processor = image_processors()[family]
-    photos = ["coffee.png", "rocket.jpg", "camera.png", "chelsea.png", "hubble_deep_field.jpg"]
-    for name, picture in zip(photos, decoder()([(PHOTOS / name).read_bytes() for name in photos])):
-        own = processor(Image.open(PHOTOS / name).convert("RGB"), return_tensors="pt")["pixel_values"]
-        fitted = resize_for_model(picture, model_size(processor))
-        assert model_size(processor)(fitted.height, fitted.width) == (fitted.height, fitted.width)
-        ours = processor(fitted, return_tensors="pt")["pixel_values"]
-        level = 1 / (255 * min(processor.image_std))
-        assert ours.shape == own.shape
-        assert (ours - own).abs().max() <= 1.001 * level
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3, 500), (2000, 11), (28, 28), (701, 333)])
-def test_sizes_are_those_of_the_processors(size):
-    for processor in image_processors().values():
-        height, width = size
-        if max(size) / min(size) > 200 and hasattr(processor, "merge_size"):
-            continue
-        target = model_size(processor)(height, width)
-        processor.do_center_crop = False
-        out = processor(Image.new("RGB", (width, height)), return_tensors="pt")
-        if "image_grid_thw" in out:
-            grid = out["image_grid_thw"][0].tolist()
-            assert target == (grid[1] * processor.patch_size, grid[2] * processor.patch_size)
-        else:
-            assert target == tuple(out["pixel_values"].shape[-2:])
 
 
 def test_a_large_annotation_file_opens_without_opening_its_images(tmp_path):

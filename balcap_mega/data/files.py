@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from balcap_mega.data.images import ImageDecoder, PilDecoder, TargetSize, resize_for_model
+from balcap_mega.data.images import ImageDecoder, PilDecoder, shrink
 from balcap_mega.data.records import CaptionRecord, refuse_placeholders
 from balcap_mega.errors import UserError
 
@@ -42,7 +42,7 @@ class ImageFileDataset:
         image_root: str | Path,
         *,
         decode: ImageDecoder | None = None,
-        target_size: TargetSize | None = None,
+        max_pixels: int | None = None,
         max_missing_fraction: float = 0.01,
     ):
         self.root = Path(image_root)
@@ -54,7 +54,7 @@ class ImageFileDataset:
         self.missing = len(rows) - len(self.rows)
         self._total = len(rows)
         self._decode = decode or PilDecoder()
-        self._target_size = target_size
+        self._max_pixels = max_pixels
         self._max_missing_fraction = max_missing_fraction
         self._corrupt: set[int] = set()
         if self.missing:
@@ -104,8 +104,8 @@ class ImageFileDataset:
 
     def _record(self, index: int, picture) -> CaptionRecord:
         row = self.rows[index]
-        if self._target_size is not None:
-            picture = resize_for_model(picture, self._target_size)
+        if self._max_pixels is not None:
+            picture = shrink(picture, self._max_pixels)
         return CaptionRecord(row.id, picture, row.prompt, row.reference, row.units)
 
     def _next_sound(self, index: int) -> CaptionRecord:

@@ -3,7 +3,7 @@
 import io
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -31,7 +31,6 @@ DAMAGED = (
     struct.error,
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-TargetSize = Callable[[int, int], tuple[int, int]]
 
 
 class ImageDecoder(Protocol):
@@ -126,44 +125,10 @@ def _decode(data: bytes) -> Image.Image | None:
         return None
 
 
-def model_size(image_processor) -> TargetSize:
-    """(height, width) of a picture ─► the size that a Hugging Face image processor resizes it to, before any crop.
-
-    Knows the processors of Qwen2/2.5-VL (a budget of pixels, sides multiples of the merged patch) and CLIP (the
-    shorter side fixed).
-    """
-    size = image_processor.size
-    if hasattr(image_processor, "merge_size"):
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        factor = image_processor.patch_size * image_processor.merge_size
-        return lambda height, width: smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
-    edge = size["shortest_edge"]
-
-    def shorter_side_fixed(height: int, width: int) -> tuple[int, int]:
-        return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
-
-    return shorter_side_fixed
-
-
-def at_most(pixels: int) -> TargetSize:
-    """(height, width) of a picture ─► the same shape with no more pixels than that; a smaller one stays as it is."""
-
-    def shrunk(height: int, width: int) -> tuple[int, int]:
-        scale = min(math.sqrt(pixels / (height * width)), 1.0)
-        return max(int(height * scale), 1), max(int(width * scale), 1)
-
-    return shrunk
-
-
-def resize_for_model(image: Image.Image, target_size: TargetSize) -> Image.Image:
-    """Resize as the model's processor would, whose own resizing then changes nothing.
-
-    Torch's antialiased bicubic on bytes, for that is what the processors use; PIL's differs from it by up to 2 levels.
-    """
-    size = target_size(image.height, image.width)
-    if size == (image.height, image.width):
+def shrink(image: Image.Image, most_pixels: int) -> Image.Image:
+    """The picture in its shape with at most that many pixels; a smaller one as it is."""
+    scale = math.sqrt(most_pixels / (image.width * image.height))
+    if scale >= 1:
         return image
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
-    return Image.fromarray(resized[0].permute(1, 2, 0).contiguous().numpy())
+    size = max(int(image.width * scale), 1), max(int(image.height * scale), 1)
+    return image.resize(size, Image.Resampling.BICUBIC)  # as the models' own processors do

@@ -4,7 +4,7 @@ import hashlib
 
 from balcap_mega.config.schema import DataConfig
 from balcap_mega.data.files import ImageFileDataset
-from balcap_mega.data.images import DaliDecoder, PilDecoder, at_most
+from balcap_mega.data.images import DaliDecoder, PilDecoder
 from balcap_mega.data.jsonl import read_jsonl
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.scenes.dataset import ScenesDataset
@@ -28,7 +28,7 @@ def build_datasets(config: DataConfig, seed: int) -> tuple[CaptionDataset, Capti
         READERS[config.source](config.path, config.image_prefixes),
         config.image_root or ".",
         decode=DaliDecoder() if config.image_backend == "dali" else PilDecoder(),
-        target_size=at_most(config.max_pixels) if config.max_pixels else None,
+        max_pixels=config.max_pixels,
         max_missing_fraction=config.max_missing_fraction,
     )
     images = sorted({row.image for row in dataset.rows}, key=lambda image: hashlib.sha256(image.encode()).digest())
