@@ -76,6 +76,10 @@ def check_one_rank(folders):
         engine.config = engine.config.model_copy(update={"timeout_seconds": 60})
         assert token_ids(engine.sample(prompts[:3], step=5)) == token_ids(groups[:3])
 
+        with pytest.raises(RuntimeError, match="a caption still to generate"):
+            engine.sample(prompts, step=5, on_finished=lambda *_, engine=engine: engine.reset_caches())
+        engine.reset_caches()
+
         huge = Prompt(1, replace(prompts[0].record, image=prompts[0].record.image.resize((1400, 1400))))
         if folder.name.startswith("qwen"):  # LLaVA scales every image to one size
             with pytest.raises(UserError, match=r"record 1 does not fit rollout\.max_model_len=512"):

@@ -118,9 +118,11 @@ class RolloutEngine:
     def reset_caches(self) -> None:
         """Forget everything computed with the weights so far: key/values, processed images, image embeddings.
 
-        After every change of weights. Left in part, vLLM waits for ever on an image it believes to be encoded.
+        After every change of weights. Left in part, vLLM waits for ever on an image it believes to be encoded. Raises
+        RuntimeError while a caption is generated, whose key/values vLLM would keep.
         """
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps the key/values of the old weights: it has a caption still to generate")
         self.llm.reset_mm_cache()
         self.llm.reset_encoder_cache()
 
