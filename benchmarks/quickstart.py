@@ -18,6 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from balcap_mega.training.charts import moving_average
+from balcap_mega.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = {"precision": "precision", "recall": "recall", "linguistic": "linguistic", "b_capscore": "b-CapScore"}
@@ -30,13 +31,12 @@ def run(seed: int, folder: Path, overrides: Sequence[str]) -> dict:
     if not (folder / "summary.json").exists():
         command = ["bash", ROOT / "launch" / "quickstart.sh", f"seed={seed}", f"output_dir={folder}", *overrides]
         subprocess.run(command, check=True)
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return {"seed": seed, **summary, "steps": [json.loads(line) for line in lines]}
+    return {"seed": seed, **summary, "steps": read_metrics(folder)}
 
 
 def table(runs: Sequence[dict]) -> str:
-    """Markdown: mean over the runs, and the range of what each gained."""
+    """Markdown: mean over the runs, and what each gained."""
     lines = ["| | before | after | gain | of each seed |", "| --- | --- | --- | --- | --- |"]
     for score, name in (SCORES | {"length_ratio": "caption length / reference length"}).items():
         before, after = ([run[when][score] for run in runs] for when in ("before", "after"))

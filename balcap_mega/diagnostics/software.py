@@ -27,7 +27,7 @@ def check_vllm(platform: Platform) -> Finding:
 
 @check("Transformer Engine")
 def check_transformer_engine(config: RunConfig | None, platform: Platform) -> Finding:
-    """Where it is installed, every layer of a policy on GPUs is built of it; on a CPU it is not used."""
+    """Where it is installed, the decoder of a bfloat16 policy on GPUs is built of it; on a CPU it is not used."""
     if not platform.is_cuda:
         return ok("not used on a CPU")
     if transformer_engine_version() is None:

@@ -34,7 +34,6 @@ def fp8_options(model: ModelConfig) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig."""
     if model.fp8 == "none":
         return {}
-    delayed = model.fp8_recipe == "delayed"
     history = {
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
@@ -44,11 +43,11 @@ def fp8_options(model: ModelConfig) -> dict[str, Any]:
     return {
         "fp8": model.fp8,
         "fp8_recipe": model.fp8_recipe,
-        "first_last_layers_bf16": not delayed,
+        "first_last_layers_bf16": model.fp8_recipe != "delayed",
         # Weights are quantised anew for every row, which costs under a hundredth of its GEMMs. Kept instead, they and
         # their transposes would take two bytes a parameter, also while the engine generates.
         "disable_parameter_transpose_cache": True,
-        **(history if delayed else {}),
+        **(history if model.fp8_recipe == "delayed" else {}),
     }
 
 

@@ -195,7 +195,7 @@ def build_policy(
     check_fp8(architecture, model, parallel)
     if platform.is_cuda:
         check_fp8_machine(model, platform.device)
-    # Not for float32, which it multiplies as TF32: a thousand times the error.
+    # Not for float32, which it multiplies as TF32, with ten bits of mantissa.
     transformer_engine = platform.is_cuda and model.dtype == "bfloat16" and transformer_engine_version() is not None
     with platform.megatron(), torch.device(platform.device):
         policy = VisionLanguagePolicy(

@@ -83,13 +83,7 @@ def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: Chain
     _allocate_state(optimizer)
     state = sharded_state(model, optimizer, is_loading=True)
     with _naming(path):
-        try:
-            loaded = dist_checkpointing.load(state, str(path / "megatron"), strict=StrictHandling.RAISE_ALL)
-        except CheckpointingException as error:
-            raise UserError(
-                f"checkpoint {path} is of another model, or was trained with other weights frozen ({str(error)[:500]})",
-                remedy="resume with the run's own config.yaml, or choose another output_dir",
-            ) from error
+        loaded = dist_checkpointing.load(state, str(path / "megatron"), strict=StrictHandling.RAISE_ALL)
         model.module.load_state_dict(loaded["model"])
         _load_optimizer(optimizer, loaded["optimizer"])
         if manifest["layout"] == layout_sizes():
@@ -99,12 +93,17 @@ def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: Chain
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Files that are as the manifest has them may still not go together: all of it may be forged.
+    """Files that are as the manifest has them may be another model's, or not go together: all of it may be forged.
 
     What comes of another rank that is gone (RuntimeError) is no damage, and is left alone.
     """
     try:
         yield
+    except CheckpointingException as error:
+        raise UserError(
+            f"checkpoint {path} is of another model, or was trained with other weights frozen ({str(error)[:500]})",
+            remedy="resume with the run's own config.yaml, or choose another output_dir",
+        ) from error
     except (CheckpointException, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
         # torch gathers what its planner and reader met, on all ranks.
         first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

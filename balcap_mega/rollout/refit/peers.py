@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from balcap_mega.parallel.agreement import all_ranks
+
 TOKEN_BYTES = 16
 
 
@@ -45,7 +47,8 @@ def share_parameters(
     the host's shared memory is too small. A collective over the ranks of the job. Whoever writes to a parameter sees to
     it that nobody reads it meanwhile.
     """
-    if not _agree(_there_is_room(parameters)):
+    cpu = torch.device("cpu")
+    if not all_ranks(_there_is_room(parameters), cpu):
         return None
     descriptor = os.memfd_create("balcap_mega.refit")
     try:
@@ -55,17 +58,10 @@ def share_parameters(
         offers: list[_Offer] = [mine] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(offers, mine)
         mapped = _map(offers, wanted)
-        if not _agree(mapped is not None):  # nobody closes its descriptor before all have opened it
-            return None
-        return mapped
+        # Nobody closes its descriptor before all have opened it.
+        return mapped if all_ranks(mapped is not None, cpu) else None
     finally:
         os.close(descriptor)
-
-
-def _agree(condition: bool) -> bool:
-    failures = torch.tensor(not condition, dtype=torch.int32)
-    torch.distributed.all_reduce(failures)
-    return not failures
 
 
 def _there_is_room(parameters: Mapping[str, Tensor]) -> bool:

@@ -83,9 +83,10 @@ class Refit:
         self._dtype = engine.dtype
         self._peers = None
         if world_size() > 1 and engine.device.type == "cpu":
-            sent = {piece.source.parameter for bucket in plan.buckets for piece in bucket.sends}
-            wanted = {(piece.source_rank, piece.source.parameter) for b in plan.buckets for piece in b.receives}
-            self._peers = share_parameters({name: self._parameters[name] for name in sent}, wanted)
+            offered = {piece.source.parameter for bucket in plan.buckets for piece in bucket.sends}
+            received = (piece for bucket in plan.buckets for piece in bucket.receives)
+            wanted = {(piece.source_rank, piece.source.parameter) for piece in received}
+            self._peers = share_parameters({name: self._parameters[name] for name in offered}, wanted)
         init_info = {"target_elements": plan.target_elements, "dtype": engine.dtype}
         self._rpc("init_weight_transfer_engine", init_info=init_info)
 
