@@ -4,10 +4,9 @@ import io
 import math
 import struct
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 # A picture of more pixels than this is taken for a decompression bomb: 100 MB of RGB decode to far more than any model
@@ -47,32 +46,28 @@ class PilDecoder:
 
 
 class DaliDecoder:
-    """Decodes batches with NVIDIA DALI, on the CPU or, with `device="gpu"`, by nvJPEG on the current GPU.
+    """Decodes batches with NVIDIA DALI, on the CPU, where the pixels are exactly PIL's.
 
-    On the CPU the pixels are exactly PIL's. What DALI does not read as PIL does (GIF, 16-bit) goes to PIL, and so does
-    a batch with a damaged file, for DALI refuses such a batch as a whole.
+    What DALI does not read as PIL does (GIF, 16-bit) goes to PIL, and so does a batch with a damaged file, for DALI
+    refuses such a batch as a whole.
     """
 
-    def __init__(self, batch_size: int = 32, threads: int = 2, device: Literal["cpu", "gpu"] = "cpu"):
-        self._batch_size, self._threads, self._device = batch_size, threads, device
+    def __init__(self, batch_size: int = 32, threads: int = 2):
+        self._batch_size, self._threads = batch_size, threads
         self._pipeline = self._build()
 
     def _build(self):
         from nvidia.dali import fn, pipeline_def, types  # 1 s, and only this decoder needs it
 
-        on_gpu = self._device == "gpu"
-
         @pipeline_def(
             batch_size=self._batch_size,
             num_threads=self._threads,
-            device_id=torch.cuda.current_device() if on_gpu else None,
+            device_id=None,
             prefetch_queue_depth=1,
         )
         def decode():
             files = fn.external_source(name="files", no_copy=True)
-            return fn.decoders.image(
-                files, device="mixed" if on_gpu else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
-            )
+            return fn.decoders.image(files, device="cpu", output_type=types.RGB, jpeg_fancy_upsampling=True)
 
         pipeline = decode()
         pipeline.build()
@@ -100,8 +95,6 @@ class DaliDecoder:
         except RuntimeError:
             self._pipeline = self._build()  # a pipeline that failed cannot run again
             return [_decode(data) for data in encoded]
-        if self._device == "gpu":
-            decoded = decoded.as_cpu()
         return [Image.fromarray(np.array(decoded[index])) for index in range(len(encoded))]
 
 
