@@ -47,9 +47,12 @@ def main() -> None:
     tolerance = TOLERANCE[arguments.dtype] if arguments.tolerance is None else arguments.tolerance
     with exit_on_user_error():
         model = ModelConfig(path=arguments.model, dtype=arguments.dtype)
+        from torch.distributed import destroy_process_group
+
         from balcap_mega.evaluation.model_parity import compare_with_transformers
 
         parity = compare_with_transformers(model, arguments.parallel)
+        destroy_process_group()  # its threads, left to the interpreter's exit, may abort a rank that is done
     if os.environ.get("RANK", "0") == "0":
         print(parity.report(tolerance), flush=True)
     sys.exit(0 if parity.within(tolerance) else 1)
