@@ -18,7 +18,7 @@ from refit import write_checkpoint
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.checkpoint_io import export_checkpoint, import_checkpoint
+from balcap_mega.models.huggingface.transfer import export_checkpoint, import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.groups import initialize_parallel
 from balcap_mega.parallel.platform import Platform

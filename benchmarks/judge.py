@@ -8,9 +8,9 @@ step        a step in which captions finish generating over a period longer than
             against judged when all are finished, against one after another (from the measured rate). The share hidden
             is 1 - (step - generation) / (judging alone).
 
-The server (tests/judge_server.py) is a process of its own. Every caption costs four requests, two of them one after the
-other, and one of them carries a 512 x 512 photo. Generation is a schedule, not a model: captions finish evenly over its
-last 70 %, as captions of different lengths do.
+The server (tests/support/judge_server.py) is a process of its own. Every caption costs four requests, two of them one
+after the other, and one of them carries a 512 x 512 photo. Generation is a schedule, not a model: captions finish
+evenly over its last 70 %, as captions of different lengths do.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from balcap_mega.config.schema import JudgeEndpoint, RewardConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
-SERVER = Path(__file__).parents[1] / "tests" / "judge_server.py"
+SERVER = Path(__file__).parents[1] / "tests" / "support" / "judge_server.py"
 REQUESTS_A_CAPTION = 4  # split, verify, cover, language; the units are given
 FIRST_FINISHED = 0.3  # of the generation's duration
 UNITS = tuple(f"There is object {number}." for number in range(8))

@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from balcap_mega.training.charts import moving_average
-from balcap_mega.training.metrics import read_metrics
+from balcap_mega.training.observe.charts import moving_average
+from balcap_mega.training.observe.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = {"precision": "precision", "recall": "recall", "linguistic": "linguistic", "b_capscore": "b-CapScore"}

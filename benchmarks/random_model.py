@@ -15,11 +15,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the released configurations stand with the tests
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface_tensors import huggingface_shapes
+from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.groups import current_layout
 from balcap_mega.training.learner import Learner
-from tests.released_configs import RELEASED
+from tests.support.released_configs import RELEASED
 
 MODELS = {
     "qwen2_5_vl_3b": "Qwen2.5-VL-3B",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface_tensors import huggingface_shapes
+from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.policy import build_policy
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.groups import initialize_parallel

@@ -49,7 +49,7 @@ def main() -> None:
         model = ModelConfig(path=arguments.model, dtype=arguments.dtype)
         from torch.distributed import destroy_process_group
 
-        from balcap_mega.evaluation.model_parity import compare_with_transformers
+        from balcap_mega.diagnostics.model_parity import compare_with_transformers
 
         parity = compare_with_transformers(model, arguments.parallel)
         destroy_process_group()  # its threads, left to the interpreter's exit, may abort a rank that is done

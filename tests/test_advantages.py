@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.algorithm.batch import RewardBatch
 from balcap_mega.config.schema import AlgorithmConfig
-from tests.algorithm_cases import NAMES, random_rewards
-from tests.trl_trainer import tiny_trl_trainer
+from tests.support.algorithm_cases import NAMES, random_rewards
+from tests.support.trl_trainer import tiny_trl_trainer
 
 PLAIN = AlgorithmConfig(length_control="none", whiten=False)
 

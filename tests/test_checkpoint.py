@@ -22,15 +22,15 @@ import torch
 from balcap_mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.checkpoint_io import import_checkpoint
-from balcap_mega.models.mapping import megatron_blocks
+from balcap_mega.models.huggingface.mapping import megatron_blocks
+from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
-from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint
-from balcap_mega.training.checkpoint_writer import CheckpointWriter
-from tests.distributed import launch
+from balcap_mega.training.checkpoint.format import latest_checkpoint, load_checkpoint
+from balcap_mega.training.checkpoint.writer import CheckpointWriter
+from tests.support.distributed import launch
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e9)
 

@@ -13,15 +13,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.checkpoint_files import check_checkpoint
-from balcap_mega.models.checkpoint_io import export_checkpoint, import_checkpoint
+from balcap_mega.models.huggingface.files import check_checkpoint
+from balcap_mega.models.huggingface.transfer import export_checkpoint, import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import RolloutEngine
-from tests.distributed import launch
-from tests.policy_cases import expected_shard
-from tests.rollout_cases import largest_difference, make_prompts
+from tests.support.distributed import launch
+from tests.support.policy_cases import expected_shard
+from tests.support.rollout_cases import largest_difference, make_prompts
 
 SHARD_BYTES = 200_000
 LAYOUTS = ({"tensor": 1}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}, {"tensor": 4})

@@ -18,8 +18,8 @@ from balcap_mega.diagnostics.inputs import check_config
 from balcap_mega.diagnostics.pins import check_requirements
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.platform import Platform
-from tests.distributed import free_port
-from tests.judge_server import Fault, JudgeServer
+from tests.support.distributed import free_port
+from tests.support.judge_server import Fault, JudgeServer
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "configs" / "scenes_smoke.yaml"

@@ -16,7 +16,7 @@ import skimage
 
 from balcap_mega.evaluation import caparena, captionqa, dcscore
 from balcap_mega.evaluation.session import fill
-from tests.judge_server import Fault, JudgeServer, RuleJudge
+from tests.support.judge_server import Fault, JudgeServer, RuleJudge
 
 TESTS = Path(__file__).parent
 PHOTOS = Path(skimage.__file__).parent / "data"

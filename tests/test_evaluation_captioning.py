@@ -8,7 +8,7 @@ from pathlib import Path
 import skimage
 
 from balcap_mega.models.tiny import write_tiny_checkpoint
-from tests.judge_server import JudgeServer
+from tests.support.judge_server import JudgeServer
 
 TESTS = Path(__file__).parent
 PHOTOS = Path(skimage.__file__).parent / "data"

@@ -18,7 +18,7 @@ from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import fp8_arguments
 from balcap_mega.rollout.vllm_runtime import import_vllm
 from balcap_mega.training.learner import Learner
-from tests.released_configs import write_config
+from tests.support.released_configs import write_config
 from tests.test_learner import make_batch
 
 # Logprobs: largest mean difference; gradients: smallest cosine. Rounding both sides of each GEMM to FP8 on a CPU gives

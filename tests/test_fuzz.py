@@ -41,12 +41,12 @@ from balcap_mega.errors import UserError
 from balcap_mega.evaluation import bcapscore, caparena, captionqa, dcscore
 from balcap_mega.evaluation.session import Spending, add_to_ledger, read_json
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.checkpoint_files import check_checkpoint
+from balcap_mega.models.huggingface.files import check_checkpoint
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.mllm.client import Unusable
 from balcap_mega.rewards.mllm.judge import MllmJudge
-from tests.judge_server import Fault, JudgeServer, RuleJudge
-from tests.mutations import mutate_bytes, mutate_json
+from tests.support.judge_server import Fault, JudgeServer, RuleJudge
+from tests.support.mutations import mutate_bytes, mutate_json
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 ROOT = Path(__file__).parent.parent
@@ -326,7 +326,7 @@ def digest(content: bytes) -> dict:
 )
 def test_run_checkpoints(name, count, run_checkpoint):
     """Found and verified, or passed over, or refused. A mutated index or shard has its right digest in the manifest."""
-    from balcap_mega.training.checkpoint import _verify, latest_checkpoint
+    from balcap_mega.training.checkpoint.format import _verify, latest_checkpoint
 
     step = run_checkpoint / "step_000001"
     [shard] = (step / "megatron").glob("*.distcp")
@@ -517,7 +517,7 @@ def test_evaluation_replies():
 def test_run_folders(tmp_path):
     """What a resumed run reads of its own folder."""
     from balcap_mega.training.heldout import read_result
-    from balcap_mega.training.metrics import METRICS_FILE, read_metrics
+    from balcap_mega.training.observe.metrics import METRICS_FILE, read_metrics
 
     row = {"step": 1, "reward/precision": 0.5, "policy/entropy": float("nan")}
     judgement = {"assertions": [], "covered": [True], "clarity": 1.0, "fluency": 1.0, "coherency": None}

@@ -25,11 +25,11 @@ from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit, weight_transfer
 from balcap_mega.rollout.refit.transfer import CorruptRefit
 from balcap_mega.training.batches import Prompts, batch_builder
-from balcap_mega.training.health import Health, Unhealthy
+from balcap_mega.training.guard.health import Health, Unhealthy
 from balcap_mega.training.learner import Learner, UpdateResult
-from balcap_mega.training.step_metrics import reward_metrics
-from tests.distributed import launch
-from tests.rollout_cases import make_prompts
+from balcap_mega.training.observe.step_metrics import reward_metrics
+from tests.support.distributed import launch
+from tests.support.rollout_cases import make_prompts
 from tests.test_learner import make_batch
 from tests.test_pretrain_rl import ROOT, command, rows
 

@@ -18,7 +18,7 @@ from balcap_mega.rewards.judge import Judgement, Verdict
 from balcap_mega.rewards.missing import TooManyMissing, refuse_missing
 from balcap_mega.rewards.mllm import questions
 from balcap_mega.rewards.mllm.judge import MllmJudge, find_quote
-from tests.judge_server import Fault, JudgeServer, RuleJudge, user_data
+from tests.support.judge_server import Fault, JudgeServer, RuleJudge, user_data
 
 REFERENCE = "There is a red car. A dog sits on the car. The sky is blue."
 TRUTHS = ("There is a red car", "A dog sits on the car", "The sky is blue", "The photo has depth")

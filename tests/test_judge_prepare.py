@@ -9,7 +9,7 @@ import pytest
 import skimage
 
 from balcap_mega.data.jsonl import read_jsonl
-from tests.judge_server import Fault, JudgeServer
+from tests.support.judge_server import Fault, JudgeServer
 
 REPOSITORY = Path(__file__).parents[1]
 PHOTOS = Path(skimage.__file__).parent / "data"

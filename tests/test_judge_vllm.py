@@ -18,7 +18,7 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.rewards.mllm import questions
 from balcap_mega.rewards.mllm.judge import MllmJudge
-from tests.distributed import free_port
+from tests.support.distributed import free_port
 
 CAPTION = "Red above blue."
 SPLIT = '{"assertions":[{"text":"Red","quote":"Red"},{"text":"blue","quote":"blue"}]}'

@@ -17,8 +17,8 @@ from balcap_mega.algorithm.lm_head import HeadShard, fused_policy_loss, token_lo
 from balcap_mega.algorithm.policy_loss import policy_loss
 from balcap_mega.algorithm.reward_to_loss import reward_to_loss
 from balcap_mega.config.schema import AlgorithmConfig
-from tests.algorithm_cases import AGGREGATIONS, EVERYTHING, random_rewards, random_tokens
-from tests.distributed import launch
+from tests.support.algorithm_cases import AGGREGATIONS, EVERYTHING, random_rewards, random_tokens
+from tests.support.distributed import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.killed_run import KillPlan
+from tests.support.killed_run import KillPlan
 from tests.test_pretrain_rl import ROOT, rows, weights, without_timing
 
 STEPS = 10
@@ -41,7 +41,7 @@ def start(
 ) -> subprocess.CompletedProcess:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
     launcher = [*torchrun, "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    script = ["tests/killed_run.py", "--config", "configs/scenes_smoke.yaml", f"output_dir={output}"]
+    script = ["tests/support/killed_run.py", "--config", "configs/scenes_smoke.yaml", f"output_dir={output}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(plan.environment() if plan else {})}
     return subprocess.run(
         [sys.executable, *launcher, *script, *OVERRIDES, *overrides],

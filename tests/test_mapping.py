@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface_tensors import canonical_name, huggingface_shapes
-from balcap_mega.models.mapping import Block, megatron_blocks, vllm_blocks
-from tests.released_configs import RELEASED, write_config
+from balcap_mega.models.huggingface.mapping import Block, megatron_blocks, vllm_blocks
+from balcap_mega.models.huggingface.tensors import canonical_name, huggingface_shapes
+from tests.support.released_configs import RELEASED, write_config
 
 
 @pytest.fixture(scope="module")

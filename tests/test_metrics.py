@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.parallel.groups import ModelLayout
-from balcap_mega.training.console import COLUMNS, Console, clock
 from balcap_mega.training.learner import UpdateResult
-from balcap_mega.training.metrics import MetricsLogger, PhaseTimer, read_metrics
+from balcap_mega.training.observe.console import COLUMNS, Console, clock
+from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read_metrics
 
 METRICS = {
     "reward/b_capscore": 0.512, "reward/precision": 0.6, "reward/recall": 0.4, "reward/linguistic": 0.7,

@@ -13,9 +13,9 @@ from balcap_mega.parallel.cpu_redirects import REPLACEMENTS, cpu_redirects
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.groups import check_world, destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
-from tests.distributed import launch
-from tests.policy_cases import load_reference, load_state, make_case
-from tests.released_configs import write_config
+from tests.support.distributed import launch
+from tests.support.policy_cases import load_reference, load_state, make_case
+from tests.support.released_configs import write_config
 from tests.test_policy_parity import run_rows
 
 CPU = Platform(torch.device("cpu"), "gloo")

@@ -23,7 +23,7 @@ from balcap_mega.planning.hardware import H100
 from balcap_mega.planning.memory import predict_memory
 from balcap_mega.planning.parameters import ParameterCounts
 from balcap_mega.planning.workload import Rows, Work, Workload
-from tests.distributed import launch
+from tests.support.distributed import launch
 
 CPU = Platform(torch.device("cpu"), "gloo")
 TEXT = {"num_hidden_layers": 3}  # stages of unequal depth

@@ -14,9 +14,9 @@ from balcap_mega.algorithm.lm_head import HeadShard, fused_cross_entropy, fused_
 from balcap_mega.algorithm.metrics import MAXIMA, SUMS, PolicyMetrics
 from balcap_mega.algorithm.policy_loss import policy_loss
 from balcap_mega.config.schema import AlgorithmConfig
-from tests.algorithm_cases import AGGREGATIONS, EVERYTHING, random_tokens
-from tests.distributed import launch
-from tests.trl_trainer import tiny_trl_trainer
+from tests.support.algorithm_cases import AGGREGATIONS, EVERYTHING, random_tokens
+from tests.support.distributed import launch
+from tests.support.trl_trainer import tiny_trl_trainer
 
 
 def select(tokens: TokenBatch, rows: torch.Tensor) -> TokenBatch:

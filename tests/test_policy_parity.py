@@ -15,8 +15,8 @@ from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.parallel.schedule import run_schedule
-from tests.distributed import launch
-from tests.policy_cases import (
+from tests.support.distributed import launch
+from tests.support.policy_cases import (
     Case,
     expected_shard,
     load_reference,

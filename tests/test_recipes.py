@@ -9,7 +9,7 @@ import pytest
 import skimage.data
 
 from balcap_mega.config.load import load_config
-from tests.judge_server import Fault, JudgeServer, RuleJudge
+from tests.support.judge_server import Fault, JudgeServer, RuleJudge
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "tests" / "data" / "photos.jsonl"

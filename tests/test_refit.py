@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.checkpoint_io import import_checkpoint
+from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
@@ -23,9 +23,9 @@ from balcap_mega.rollout.refit.peers import share_parameters
 from balcap_mega.rollout.refit.pieces import checksums
 from balcap_mega.rollout.refit.transfer import RefitError
 from balcap_mega.rollout.vllm_runtime import import_vllm
-from tests.distributed import _rank_main, launch, launcher_store
-from tests.policy_cases import load_state
-from tests.rollout_cases import largest_difference, make_prompts
+from tests.support.distributed import _rank_main, launch, launcher_store
+from tests.support.policy_cases import load_state
+from tests.support.rollout_cases import largest_difference, make_prompts
 
 TOLERANCE = 1e-4
 BUCKET_BYTES = 2**16  # many buckets, tensors cut by them, and rows of a vocabulary that only one rank wants

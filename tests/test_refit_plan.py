@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.mapping import Block
+from balcap_mega.models.huggingface.mapping import Block
 from balcap_mega.rollout.refit.layout import RefitLayout, vision_tensors
 from balcap_mega.rollout.refit.plan import plan_refit
 

@@ -4,7 +4,7 @@ import pytest
 
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
-from tests.distributed import launch
+from tests.support.distributed import launch
 
 
 def exchange_rollouts(tensor_parallel):

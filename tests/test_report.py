@@ -16,11 +16,11 @@ from balcap_mega.data.scenes import ScenesDataset, flawed_caption
 from balcap_mega.rewards.collect import CaptionScore
 from balcap_mega.rewards.judge import Assertion, Judgement, Verdict
 from balcap_mega.rewards.scenes import SceneJudge
-from balcap_mega.training.charts import Curve, line_chart, stacked_chart
 from balcap_mega.training.folder import RunFolder
 from balcap_mega.training.heldout import HeldOutCaption, HeldOutResult
-from balcap_mega.training.metrics import MetricsLogger
-from balcap_mega.training.report import score_rows, score_words, spans, write_report
+from balcap_mega.training.observe.charts import Curve, line_chart, stacked_chart
+from balcap_mega.training.observe.metrics import MetricsLogger
+from balcap_mega.training.observe.report import score_rows, score_words, spans, write_report
 
 HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(1)> \"'&amp; {{ 7 * 7 }}"
 STEP = {

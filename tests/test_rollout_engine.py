@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText
 from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.errors import UserError
 from balcap_mega.rollout.engine import Prompt, RolloutEngine, request_seed
-from tests.distributed import launch
-from tests.rollout_cases import largest_difference, make_prompts, reference_logits
+from tests.support.distributed import launch
+from tests.support.rollout_cases import largest_difference, make_prompts, reference_logits
 
 TOLERANCE = 1e-4
 FAMILIES = ["qwen2_5_vl", "llava"]

@@ -24,8 +24,8 @@ from balcap_mega.parallel.gradients import wrap_ddp
 from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.parallel.schedule import run_schedule
-from tests.distributed import launch
-from tests.policy_cases import load_reference, load_state
+from tests.support.distributed import launch
+from tests.support.policy_cases import load_reference, load_state
 
 ROW_TOKENS = 192
 ALGORITHM = AlgorithmConfig(kl_weight=0.05, dual_clip=3.0)

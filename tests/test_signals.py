@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from balcap_mega.training.signals import Stopped, StopRequest
-from tests.distributed import launch
+from balcap_mega.training.guard.signals import Stopped, StopRequest
+from tests.support.distributed import launch
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def start(code: str, **environment: str) -> subprocess.Popen:
 def test_the_grace_period_holds_inside_a_kernel():
     """Python's own handlers would run only after the product, minutes later."""
     process = start(
-        "import torch; from balcap_mega.training.signals import StopRequest\n"
+        "import torch; from balcap_mega.training.guard.signals import StopRequest\n"
         "stop, big = StopRequest(grace_seconds=0.5), torch.rand(12000, 12000)\n"
         "print('ready', flush=True); torch.linalg.matrix_power(big, 4000)"
     )
@@ -60,7 +60,7 @@ def test_the_grace_period_holds_inside_a_kernel():
 
 def test_ranks_end_with_their_launcher():
     rank = (
-        "from balcap_mega.training.signals import end_with_launcher; import os, time\n"
+        "from balcap_mega.training.guard.signals import end_with_launcher; import os, time\n"
         "end_with_launcher(); print(os.getpid(), flush=True); time.sleep(600)"
     )
     launcher = start(

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from balcap_mega.training.watchdog import Heartbeat, account, name_ranks
+from balcap_mega.training.guard.watchdog import Heartbeat, account, name_ranks
+from tests.support.watched_ranks import SILENCE_SECONDS, STUCK_SECONDS
 from tests.test_pretrain_rl import command, rows
-from tests.watched_ranks import SILENCE_SECONDS, STUCK_SECONDS
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = 10**6
@@ -74,7 +74,7 @@ def jobs(tmp_path_factory):
     started = {}
     for fault, steps in FAULTS.items():
         met = fault if fault in ("stuck", "slow", "bug") else "none"
-        started[fault] = Job([*torchrun, "tests/watched_ranks.py", met, str(steps)], folder / fault)
+        started[fault] = Job([*torchrun, "tests/support/watched_ranks.py", met, str(steps)], folder / fault)
     yield started
     for job in started.values():
         job.end()
@@ -133,7 +133,7 @@ def test_wedged_engine_and_stalled_rank_in_the_whole_program(tmp_path):
         "parallel.silence_seconds=15",
     )  # fmt: skip
     script = arguments.index("launch/pretrain_rl.py")
-    arguments[script : script + 1] = ["--max-restarts", "1", "tests/wedged_engine.py"]
+    arguments[script : script + 1] = ["--max-restarts", "1", "tests/support/wedged_engine.py"]
     job = Job(arguments, tmp_path / "log")
     try:
         place = r"rank 1 in rollout of step 2 for \d+ s; rank 0 in rewards"

@@ -253,7 +253,7 @@ class TrendCheck(Section):
 
 
 class HealthConfig(Section):
-    """What is wrong with a run, and what then happens; `balcap_mega.training.health` says what each is about.
+    """What is wrong with a run, and what then happens; `balcap_mega.training.guard.health` says what each is about.
 
     non_finite:      loss, gradients or logprobs; an update that is left out (skip) moves neither weights nor optimizer
     mismatch:        nats by which trainer and engine differ in a token's logprob, on average

@@ -10,8 +10,8 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.checkpoint_files import check_checkpoint as check_tensors
-from balcap_mega.models.huggingface_tensors import huggingface_shapes
+from balcap_mega.models.huggingface.files import check_checkpoint as check_tensors
+from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
 RECORDS = 8  # decoded for a look

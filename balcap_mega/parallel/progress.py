@@ -1,6 +1,6 @@
 """Where this process is: the phase of the step it is in, and when it last got on.
 
-Written by the code that works, told to the other ranks by `balcap_mega.training.watchdog`.
+Written by the code that works, told to the other ranks by `balcap_mega.training.guard.watchdog`.
 """
 
 import time

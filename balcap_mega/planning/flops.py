@@ -3,7 +3,7 @@
 import math
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface_tensors import vision_shapes
+from balcap_mega.models.huggingface.tensors import vision_shapes
 from balcap_mega.planning.workload import Work
 
 

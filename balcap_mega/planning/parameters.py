@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.mapping import Block, megatron_blocks, vllm_blocks
+from balcap_mega.models.huggingface.mapping import Block, megatron_blocks, vllm_blocks
 
 
 @dataclass(frozen=True)

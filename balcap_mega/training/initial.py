@@ -9,7 +9,7 @@ import torch
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset, CaptionRecord
 from balcap_mega.data.scenes import SceneRecord, flawed_caption
-from balcap_mega.models.checkpoint_io import export_checkpoint
+from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.agreement import from_first_rank

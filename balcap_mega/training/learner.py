@@ -15,8 +15,8 @@ from balcap_mega.algorithm.metrics import PolicyMetrics
 from balcap_mega.algorithm.policy_loss import PolicyLoss, policy_loss
 from balcap_mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.checkpoint_files import check_checkpoint
-from balcap_mega.models.checkpoint_io import import_checkpoint
+from balcap_mega.models.huggingface.files import check_checkpoint
+from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.offload import OptimizerOffload, takes_turns

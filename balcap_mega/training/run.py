@@ -12,7 +12,7 @@ from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.sampler import PromptSampler
 from balcap_mega.data.sources import build_datasets
-from balcap_mega.models.checkpoint_io import export_checkpoint
+from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.parallel.groups import ModelLayout, initialize_parallel, world_size
@@ -23,19 +23,19 @@ from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import Prompts, batch_builder
-from balcap_mega.training.checkpoint_writer import CheckpointWriter
-from balcap_mega.training.console import Console
+from balcap_mega.training.checkpoint.writer import CheckpointWriter
 from balcap_mega.training.folder import RunFolder, full_disk_is_named, write_json, write_text
-from balcap_mega.training.health import Health, Unhealthy
+from balcap_mega.training.guard.health import Health, Unhealthy
+from balcap_mega.training.guard.signals import Stopped, StopRequest, end_with_launcher
+from balcap_mega.training.guard.watchdog import Watchdog, collective_timeout, stuck_seconds
 from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out, read_result, write_result
 from balcap_mega.training.initial import initial_checkpoint, warmed_up_checkpoint
 from balcap_mega.training.judging import count_words, patience
 from balcap_mega.training.learner import Learner, UpdateResult
-from balcap_mega.training.metrics import MetricsLogger, PhaseTimer, read_metrics
-from balcap_mega.training.report import write_report
-from balcap_mega.training.signals import Stopped, StopRequest, end_with_launcher
+from balcap_mega.training.observe.console import Console
+from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read_metrics
+from balcap_mega.training.observe.report import write_report
 from balcap_mega.training.trainer import Trainer
-from balcap_mega.training.watchdog import Watchdog, collective_timeout, stuck_seconds
 
 
 def run(config: RunConfig) -> None:

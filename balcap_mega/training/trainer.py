@@ -18,15 +18,15 @@ from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import Refit
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import BatchBuilder, Prompts
-from balcap_mega.training.checkpoint import latest_checkpoint, load_checkpoint
-from balcap_mega.training.checkpoint_writer import CheckpointWriter
-from balcap_mega.training.health import Health
+from balcap_mega.training.checkpoint.format import latest_checkpoint, load_checkpoint
+from balcap_mega.training.checkpoint.writer import CheckpointWriter
+from balcap_mega.training.guard.health import Health
+from balcap_mega.training.guard.signals import StopRequest
 from balcap_mega.training.judging import Judging, patience
 from balcap_mega.training.learner import Learner, UpdateResult
-from balcap_mega.training.metrics import PhaseTimer
 from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
-from balcap_mega.training.signals import StopRequest
-from balcap_mega.training.step_metrics import step_metrics
+from balcap_mega.training.observe.metrics import PhaseTimer
+from balcap_mega.training.observe.step_metrics import step_metrics
 
 
 @dataclass

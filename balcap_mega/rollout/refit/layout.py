@@ -4,8 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface_tensors import vision_shapes
-from balcap_mega.models.mapping import Block, megatron_blocks, vllm_blocks
+from balcap_mega.models.huggingface.mapping import Block, megatron_blocks, vllm_blocks
+from balcap_mega.models.huggingface.tensors import vision_shapes
 from balcap_mega.rollout.refit.plan import RefitPlan, plan_refit
 
 

@@ -1,15 +1,16 @@
 """Which rank sends which rectangle of which weight to whom: worked out on every rank alone, the same on all.
 
-The two tables of `balcap_mega.models.mapping` say where each rectangle of a Hugging Face tensor stands, in Megatron's
-parameters on one side and in vLLM's on the other. Their intersections are the pieces to move. A rank that holds what
-it wants copies it; otherwise the holder that has sent least so far sends it. No rank receives more than it lacks.
+The two tables of `balcap_mega.models.huggingface.mapping` say where each rectangle of a Hugging Face tensor stands, in
+Megatron's parameters on one side and in vLLM's on the other. Their intersections are the pieces to move. A rank that
+holds what it wants copies it; otherwise the holder that has sent least so far sends it. No rank receives more than it
+lacks.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from balcap_mega.models.mapping import Block, Span
+from balcap_mega.models.huggingface.mapping import Block, Span
 
 
 @dataclass(frozen=True)

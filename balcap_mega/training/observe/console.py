@@ -14,7 +14,7 @@ from rich.text import Text
 
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.parallel.groups import ModelLayout
-from balcap_mega.training.health import Finding
+from balcap_mega.training.guard.health import Finding
 from balcap_mega.training.learner import UpdateResult
 
 HEADING_EVERY = 20  # lines

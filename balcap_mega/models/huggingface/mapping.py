@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface_tensors import head_name, huggingface_shapes, language_prefix, vision_shapes
+from balcap_mega.models.huggingface.tensors import head_name, huggingface_shapes, language_prefix, vision_shapes
 
 Span = tuple[int, int]
 """Half-open: [start, stop)."""

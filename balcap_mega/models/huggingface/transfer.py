@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from balcap_mega.errors import UserError
-from balcap_mega.models.checkpoint_files import INDEX_FILE, check_checkpoint
-from balcap_mega.models.huggingface_tensors import huggingface_shapes
-from balcap_mega.models.mapping import Block, megatron_blocks
+from balcap_mega.models.huggingface.files import INDEX_FILE, check_checkpoint
+from balcap_mega.models.huggingface.mapping import Block, megatron_blocks
+from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.policy import VisionLanguagePolicy
 from balcap_mega.parallel.groups import current_layout
 from balcap_mega.parallel.progress import progress

@@ -15,11 +15,11 @@ from balcap_mega.config.load import dump_config
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.rewards.judge import COMPONENTS, Judgement, Verdict
-from balcap_mega.training.charts import SERIES, Curve, line_chart, stacked_chart
-from balcap_mega.training.console import SCORES, clock, label, run_facts
 from balcap_mega.training.folder import RunFolder, write_text
 from balcap_mega.training.heldout import HeldOutCaption, HeldOutResult
-from balcap_mega.training.metrics import read_metrics
+from balcap_mega.training.observe.charts import SERIES, Curve, line_chart, stacked_chart
+from balcap_mega.training.observe.console import SCORES, clock, label, run_facts
+from balcap_mega.training.observe.metrics import read_metrics
 
 SAMPLES = 8  # the first held-out images, which no score has chosen
 IMAGE_SIDE = 448  # pixels that a longer side is shrunk to

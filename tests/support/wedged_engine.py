@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 from balcap_mega.rollout.engine import RolloutEngine
-from balcap_mega.training.watchdog import Watchdog
+from balcap_mega.training.guard.watchdog import Watchdog
 
 STUCK_SECONDS = 10
 
@@ -30,4 +30,4 @@ def wedged_sample(self: RolloutEngine, prompts, *, step, **options):
 
 if __name__ == "__main__":
     Watchdog.__enter__, RolloutEngine.sample = remember, wedged_sample
-    runpy.run_path(str(Path(__file__).parent.parent / "launch" / "pretrain_rl.py"), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[2] / "launch" / "pretrain_rl.py"), run_name="__main__")

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from balcap_mega.config.schema import ModelConfig, ParallelConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.checkpoint_io import import_checkpoint
+from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import VisionLanguagePolicy, build_policy
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.vision import VisionInputs

@@ -1,6 +1,6 @@
 """A judge endpoint for tests and benchmarks: real HTTP, answers by simple rules, with scripted faults and latency.
 
-python tests/judge_server.py --latency 0.5      prints its address and serves until it is ended
+python tests/support/judge_server.py --latency 0.5      prints its address and serves until it is ended
 """
 
 import argparse

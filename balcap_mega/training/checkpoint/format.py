@@ -1,6 +1,6 @@
 """Checkpoints to resume a run from: weights, optimizer, random generators and counters, at any later layout.
 
-`checkpoint_writer` writes them; here is their format, and how one is found, verified and loaded.
+`writer` writes them; here is their format, and how one is found, verified and loaded.
 
     <folder>/latest                       the name of the checkpoint to resume from
     <folder>/step_000123/manifest.json    step, layout, the caller's extra values; size and SHA-256 of every file
@@ -34,8 +34,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.groups import current_layout
-from balcap_mega.training.checkpoint_pickles import foreign_content
-from balcap_mega.training.random_state import load_random_state
+from balcap_mega.training.checkpoint.pickles import foreign_content
+from balcap_mega.training.checkpoint.random_state import load_random_state
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface_tensors import canonical_name, huggingface_shapes
+from balcap_mega.models.huggingface.tensors import canonical_name, huggingface_shapes
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -1,6 +1,6 @@
 """What a rank does in the watchdog's tests: steps of a rollout of its own and a sum over all, and the faults planted.
 
-torchrun --nproc-per-node 2 tests/watched_ranks.py FAULT STEPS
+torchrun --nproc-per-node 2 tests/support/watched_ranks.py FAULT STEPS
 """
 
 import ctypes
@@ -11,8 +11,8 @@ import torch
 
 from balcap_mega.cli import exit_on_user_error
 from balcap_mega.parallel.progress import progress
-from balcap_mega.training.signals import StopRequest
-from balcap_mega.training.watchdog import Watchdog
+from balcap_mega.training.guard.signals import StopRequest
+from balcap_mega.training.guard.watchdog import Watchdog
 
 STUCK_SECONDS = 14  # well past the other, so that a silent rank is named as such
 SILENCE_SECONDS = 7

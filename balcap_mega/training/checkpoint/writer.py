@@ -31,7 +31,7 @@ from balcap_mega.errors import UserError
 from balcap_mega.parallel.agreement import all_ranks
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.parallel.progress import progress
-from balcap_mega.training.checkpoint import (
+from balcap_mega.training.checkpoint.format import (
     CONTENT,
     LATEST,
     MANIFEST,
@@ -40,8 +40,8 @@ from balcap_mega.training.checkpoint import (
     sharded_state,
     step_folders,
 )
+from balcap_mega.training.checkpoint.random_state import save_random_state
 from balcap_mega.training.folder import sync_folder, write_json, write_text
-from balcap_mega.training.random_state import save_random_state
 
 POLL_SECONDS = 0.02
 

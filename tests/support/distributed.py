@@ -46,7 +46,7 @@ def launch(world_size: int, target: Callable, *args: Any, timeout: float = 240) 
     Return plain Python values or numpy arrays: a tensor's shared memory would not outlive its process.
     """
     context = multiprocessing.get_context("forkserver")  # of one process, which has imported and started nothing else
-    context.set_forkserver_preload(["tests.preloaded"])
+    context.set_forkserver_preload(["tests.support.preloaded"])
     results = context.Queue()
     store = launcher_store()
     ranks = [

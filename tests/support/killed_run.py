@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-PRETRAIN = Path(__file__).parent.parent / "launch" / "pretrain_rl.py"
+PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain_rl.py"
 VARIABLE = "KILL_PLAN"
 
 
@@ -46,8 +46,8 @@ def _kill(victim: str) -> None:
 
 
 def _plant(plan: KillPlan) -> None:
-    import balcap_mega.training.checkpoint_writer as checkpoint_writer
-    from balcap_mega.training.metrics import PhaseTimer
+    import balcap_mega.training.checkpoint.writer as checkpoint_writer
+    from balcap_mega.training.observe.metrics import PhaseTimer
     from balcap_mega.training.trainer import Trainer
 
     step, armed = -1, threading.Event()
