@@ -56,7 +56,7 @@ def write_report(
     """Write `folder.report` from the folder's summary.json and metrics.jsonl, and the first captions of `dataset`."""
     summary = json.loads(folder.summary.read_text(encoding="utf-8"))
     environment = Environment(
-        loader=PackageLoader("balcap_mega.training", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("balcap_mega.training.observe", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report_template.html").render(
         name=folder.root.resolve().name,
