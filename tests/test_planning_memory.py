@@ -13,8 +13,8 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.policy import build_policy
 from balcap_mega.models.processing import PromptProcessor
+from balcap_mega.packing.assign import Piece
 from balcap_mega.packing.build import PackingGroup, build_row
-from balcap_mega.packing.plan import Piece
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform

@@ -18,8 +18,8 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.policy import build_policy
 from balcap_mega.models.processing import PromptProcessor
+from balcap_mega.packing.assign import assign_rows
 from balcap_mega.packing.build import PackingGroup, build_row
-from balcap_mega.packing.plan import plan_rows
 from balcap_mega.parallel.gradients import wrap_ddp
 from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
@@ -69,7 +69,7 @@ def step(model, architecture, groups, images, *, shared_prefix: bool, fused: boo
     """(Σ loss, {(sequence, place): logprob}, main gradients) of one step over this rank's rows, and its token count."""
     layout = current_layout()
     pad_to = 2 * layout.tensor_size
-    plan = plan_rows(
+    assignment = assign_rows(
         [group.lengths for group in groups],
         row_tokens=ROW_TOKENS,
         hidden_size=architecture.hidden_size,
@@ -77,7 +77,7 @@ def step(model, architecture, groups, images, *, shared_prefix: bool, fused: boo
         pad_to=pad_to,
         shared_prefix=shared_prefix,
     )
-    rows = [build_row(row, groups, pad_to=pad_to) for row in plan.rows[layout.data_rank]]
+    rows = [build_row(row, groups, pad_to=pad_to) for row in assignment.rows[layout.data_rank]]
     logprobs, losses, counts = {}, [], {}
 
     def forward(stage, row):
@@ -108,7 +108,7 @@ def step(model, architecture, groups, images, *, shared_prefix: bool, fused: boo
     gradients = {name: p.main_grad.clone() for name, p in model.module.named_parameters() if p.requires_grad}
     total = torch.tensor(sum(losses), dtype=torch.float64)
     torch.distributed.all_reduce(total)  # tensor-parallel ranks count alike in all that is compared
-    return float(total), logprobs, gradients, plan.tokens
+    return float(total), logprobs, gradients, assignment.tokens
 
 
 def largest_difference(name: str, actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

@@ -17,8 +17,8 @@ from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import VisionLanguagePolicy, build_policy
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.vision import VisionInputs
+from balcap_mega.packing.assign import Piece
 from balcap_mega.packing.build import PackingGroup, build_row
-from balcap_mega.packing.plan import Piece
 from balcap_mega.packing.rows import PackedRow
 from balcap_mega.parallel.groups import initialize_parallel
 from balcap_mega.parallel.platform import Platform

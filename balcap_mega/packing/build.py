@@ -1,4 +1,4 @@
-"""A planned row as tensors."""
+"""One row as tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from balcap_mega.packing.plan import GroupLengths, Row
+from balcap_mega.packing.assign import GroupLengths, Row
 from balcap_mega.packing.rows import PackedRow
 
 

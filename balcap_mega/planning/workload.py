@@ -9,7 +9,7 @@ from operator import add
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.fp8 import row_multiple
-from balcap_mega.packing.plan import GroupLengths, Row, plan_rows
+from balcap_mega.packing.assign import GroupLengths, Row, assign_rows
 
 TEXT_TOKENS = 30
 """Of a prompt beside its image: the chat template and one instruction."""
@@ -153,7 +153,7 @@ def pack(workload: Workload, config_rows: tuple[int, int, int, int]) -> Rows:
     random.Random(0).shuffle(lengths)
     starts = range(0, len(lengths), workload.group)
     groups = [GroupLengths(workload.prefix_tokens, tuple(lengths[start : start + workload.group])) for start in starts]
-    plan = plan_rows(
+    assignment = assign_rows(
         groups,
         row_tokens=row_tokens,
         hidden_size=hidden_size,
@@ -161,10 +161,14 @@ def pack(workload: Workload, config_rows: tuple[int, int, int, int]) -> Rows:
         pad_to=pad_to,
         shared_prefix=workload.shared_prefix,
     )
-    ranks = [[_work(row, groups, pad_to) for row in rows] for rows in plan.rows]
+    ranks = [[_work(row, groups, pad_to) for row in rows] for rows in assignment.rows]
     costliest = max(ranks, key=lambda rows: sum(6 * hidden_size * row.tokens + row.pairs for row in rows))
     return Rows(
-        len(costliest), reduce(add, costliest), max(costliest, key=lambda row: row.tokens), data_size, plan.imbalance
+        len(costliest),
+        reduce(add, costliest),
+        max(costliest, key=lambda row: row.tokens),
+        data_size,
+        assignment.imbalance,
     )
 
 

@@ -1,4 +1,4 @@
-"""From token ids to microbatches: plan the rows of a step on every rank alike, build the ones this rank trains on."""
+"""From token ids to microbatches: every rank assigns the step's captions to rows alike, then builds its own rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from balcap_mega.data.records import CaptionDataset, CaptionRecord
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.fp8 import row_multiple
 from balcap_mega.models.processing import ProcessedPrompt, PromptProcessor
+from balcap_mega.packing.assign import GroupLengths, RowAssignment, assign_rows
 from balcap_mega.packing.build import PackingGroup, build_row
-from balcap_mega.packing.plan import GroupLengths, PackingPlan, plan_rows
 from balcap_mega.parallel.groups import ModelLayout
 from balcap_mega.rollout.engine import Prompt
 from balcap_mega.rollout.replicas import Replica
@@ -46,10 +46,14 @@ class Prompts(Mapping[int, CaptionRecord]):
 
 @dataclass(frozen=True)
 class Batches:
-    """minibatches[u]: this rank's microbatches of the step's update u; plans[u]: how those of all ranks were packed."""
+    """A step's microbatches, for each of its updates u.
+
+    minibatches[u]: those of this rank
+    assignments[u]: which row of which rank each caption went to
+    """
 
     minibatches: tuple[tuple[Microbatch, ...], ...]
-    plans: tuple[PackingPlan, ...]
+    assignments: tuple[RowAssignment, ...]
 
 
 def batch_builder(
@@ -92,7 +96,7 @@ class BatchBuilder:
             self._pack(range(start, stop), prefixes, captions, process, values, shards=shards)
             for start, stop in pairwise(bounds)
         ]
-        return Batches(tuple(rows for rows, _ in packed), tuple(plan for _, plan in packed))
+        return Batches(tuple(rows for rows, _ in packed), tuple(assignment for _, assignment in packed))
 
     def supervised(self, records: Sequence[CaptionRecord], targets: Sequence[str]) -> tuple[Microbatch, ...]:
         """One caption a record, to be imitated; the records are this data-parallel rank's own share."""
@@ -104,9 +108,9 @@ class BatchBuilder:
 
     def _pack(
         self, numbers, prefixes, captions, process, values, *, shards: tuple[int, int]
-    ) -> tuple[tuple[Microbatch, ...], PackingPlan]:
+    ) -> tuple[tuple[Microbatch, ...], RowAssignment]:
         """Pack the groups `numbers` over shards[1] ranks and build the rows of rank shards[0]."""
-        plan = plan_rows(
+        assignment = assign_rows(
             [GroupLengths(prefixes[n], tuple(map(len, captions[n]))) for n in numbers],
             row_tokens=self.config.row_tokens,
             hidden_size=self.hidden_size,
@@ -114,7 +118,7 @@ class BatchBuilder:
             pad_to=self.pad_to,
             shared_prefix=self.config.shared_prefix,
         )
-        rows = plan.rows[shards[0]]
+        rows = assignment.rows[shards[0]]
         mine = sorted({piece.group for row in rows for piece in row})
         processed = {number: process(numbers[number]) for number in mine}
         first = _first_sequences(captions)
@@ -125,11 +129,11 @@ class BatchBuilder:
             for number, prompt in processed.items()
         }
         microbatches = []
-        for planned in rows:
-            row = build_row(planned, groups, pad_to=self.pad_to)
+        for assigned in rows:
+            row = build_row(assigned, groups, pad_to=self.pad_to)
             images = tuple(processed[number].vision for number in row.images)
             microbatches.append(Microbatch(row, images, values.of_row(row)))
-        return tuple(microbatches), plan
+        return tuple(microbatches), assignment
 
 
 def _first_sequences(captions: Sequence[Sequence[Sequence[int]]]) -> list[int]:

@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from balcap_mega.models.policy import VisionLanguagePolicy
 from balcap_mega.models.processing import mrope_position_ids
 from balcap_mega.models.vision import VisionInputs
+from balcap_mega.packing.assign import Piece
 from balcap_mega.packing.build import PackingGroup, build_row
-from balcap_mega.packing.plan import Piece
 from balcap_mega.packing.rows import PackedRow
 from balcap_mega.parallel.groups import current_layout
 

@@ -28,6 +28,8 @@ def step_metrics(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     response_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     total = sum(seconds.values())
+    packed = batches.assignments
+    row_tokens = sum(each.tokens for each in packed)
     first, applied = updates[0].metrics, [update for update in updates if update.applied]
 
     def mean(value: Callable[[UpdateResult], float]) -> float:
@@ -50,10 +52,10 @@ def step_metrics(
         "policy/entropy": first["entropy"],
         "policy/ratio_max": max(update.metrics["ratio_max"] for update in updates),
         "policy/ratio_max_first": first["ratio_max"],
-        "packing/tokens": sum(plan.tokens for plan in batches.plans),
-        "packing/padding_share": sum(p.padding for p in batches.plans) / sum(p.tokens for p in batches.plans),
-        "packing/tokens_saved": sum(p.unshared_tokens for p in batches.plans) / sum(p.tokens for p in batches.plans),
-        "packing/imbalance": max(plan.imbalance for plan in batches.plans),
+        "packing/tokens": row_tokens,
+        "packing/padding_share": sum(each.padding for each in packed) / row_tokens,
+        "packing/tokens_saved": sum(each.unshared_tokens for each in packed) / row_tokens,
+        "packing/imbalance": max(each.imbalance for each in packed),
         "throughput/response_tokens_per_second": response_tokens / total,
         "throughput/samples_per_second": len(rollouts) / total,
         **{f"seconds/{phase}": value for phase, value in seconds.items()},

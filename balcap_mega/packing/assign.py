@@ -1,6 +1,6 @@
 """Which captions go into which row of which data-parallel rank, from lengths alone.
 
-Every rank plans the whole step and gets the same answer, so nothing is sent: it then builds only its own rows.
+Every rank assigns the whole step and gets the same answer, so nothing is sent; it then builds only its own rows.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ Row = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class PackingPlan:
+class RowAssignment:
     """rows[rank][microbatch] is a row; every rank has the same number of them. Some may be empty.
 
     tokens:          row tokens over all ranks, padding included
@@ -45,7 +45,7 @@ class PackingPlan:
     imbalance: float
 
 
-def plan_rows(
+def assign_rows(
     groups: Sequence[GroupLengths],
     *,
     row_tokens: int,
@@ -53,7 +53,7 @@ def plan_rows(
     data_size: int = 1,
     pad_to: int = 1,
     shared_prefix: bool = True,
-) -> PackingPlan:
+) -> RowAssignment:
     """Pack groups into rows of at most `row_tokens` tokens and spread rows over `data_size` ranks, balanced by cost.
 
     A row's length is padded to a multiple of `pad_to`. Cost counts a layer's forward FLOPs (see `_Costs`). A group too
@@ -92,7 +92,7 @@ def plan_rows(
     used = [costs.tokens(row) for rows in ranks for row in rows]
     padded = sum(max(-(-tokens // pad_to), 1) * pad_to for tokens in used)
     loads = [costs.rank(rows) for rows in ranks]
-    return PackingPlan(
+    return RowAssignment(
         rows=ranks,
         tokens=padded,
         padding=padded - sum(used),
