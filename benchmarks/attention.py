@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from balcap_mega.models.attention_backends import find_backend
 from balcap_mega.models.attention_backends.measured import MEASURED
-from balcap_mega.models.attention_backends.plan import AttentionPlan, plan_attention
+from balcap_mega.models.attention_backends.pattern import AttentionPattern, attention_pattern
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -83,16 +83,16 @@ def milliseconds(attention: Attention, inputs: list[Tensor], repeats: int) -> fl
     return sorted(once() for _ in range(repeats))[repeats // 2]
 
 
-def contenders(cuda: bool, segments: Tensor, plan: AttentionPlan, scale: float) -> dict[str, Attention]:
+def contenders(cuda: bool, segments: Tensor, pattern: AttentionPattern, scale: float) -> dict[str, Attention]:
     backends = {
-        name: partial(_call, find_backend(name), plan, scale) for name in (["flash", "flex"] if cuda else ["cpu"])
+        name: partial(_call, find_backend(name), pattern, scale) for name in (["flash", "flex"] if cuda else ["cpu"])
     }
     plain = {} if cuda else {f.__name__: partial(f, segments) for f in (segment_by_segment, dense, unshared)}
     return backends | plain
 
 
-def _call(backend, plan: AttentionPlan, scale: float, *inputs: Tensor) -> Tensor:
-    return backend(*inputs, plan, scale)
+def _call(backend, pattern: AttentionPattern, scale: float, *inputs: Tensor) -> Tensor:
+    return backend(*inputs, pattern, scale)
 
 
 def main() -> None:
@@ -114,16 +114,16 @@ def main() -> None:
     for prefix in arguments.prefixes:
         for group in arguments.groups:
             segments = segments_of(prefix, [arguments.caption] * group)
-            plan = plan_attention(segments)
+            pattern = attention_pattern(segments)
             heads = (arguments.heads, arguments.key_heads, arguments.key_heads)
             inputs = [
-                torch.randn(plan.total, h, arguments.head_dim, device=device, dtype=dtype, requires_grad=True)
+                torch.randn(pattern.total, h, arguments.head_dim, device=device, dtype=dtype, requires_grad=True)
                 for h in heads
             ]
             flops = (
-                3.5 * 4 * arguments.head_dim * arguments.heads * plan.pairs()
+                3.5 * 4 * arguments.head_dim * arguments.heads * pattern.pairs()
             )  # backward: five GEMMs to forward's two
-            for name, attention in contenders(cuda, segments, plan, arguments.head_dim**-0.5).items():
+            for name, attention in contenders(cuda, segments, pattern, arguments.head_dim**-0.5).items():
                 elapsed = milliseconds(attention, inputs, arguments.repeats)
                 result = {"prefix": prefix, "group": group, "backend": name, "ms": round(elapsed, 3)}
                 results.append(result | {"gflops_per_second": round(flops / elapsed / 1e6, 1)})

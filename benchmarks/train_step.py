@@ -41,7 +41,7 @@ from balcap_mega.config.schema import (
 )
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.attention_backends.plan import plan_attention
+from balcap_mega.models.attention_backends.pattern import attention_pattern
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.groups import current_layout, initialize_parallel
@@ -147,7 +147,7 @@ class Bench:
         with FlopCounterMode(display=False) as counter:
             self.learner.update(batch)
         decoder: Architecture = self.learner.architecture
-        pairs = sum(plan_attention(microbatch.row.segments).pairs() for microbatch in batch)
+        pairs = sum(attention_pattern(microbatch.row.segments).pairs() for microbatch in batch)
         attention = 14 * decoder.head_dim * decoder.num_attention_heads * decoder.num_layers * pairs
         return round((counter.get_total_flops() + attention) / 1e9, 1)
 

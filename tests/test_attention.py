@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from balcap_mega.models.attention_backends import find_backend, measured
-from balcap_mega.models.attention_backends.plan import plan_attention
+from balcap_mega.models.attention_backends.pattern import attention_pattern
 
 
 def row_segments(groups: list[tuple[int, list[int]]]) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_equals_dense_mask(shape, padding, heads, key_heads, dtype, tolerance):
     exact = [tensor.requires_grad_() for tensor in exact]
 
     expected = dense_attention(*exact, segments, scale)
-    actual = find_backend("cpu")(*ours, plan_attention(segments), scale)
+    actual = find_backend("cpu")(*ours, attention_pattern(segments), scale)
     expected.backward(grad)
     actual.backward(grad.to(dtype))
 
@@ -79,7 +79,7 @@ def test_flex_block_mask_is_the_pattern(shape):
     torch.manual_seed(0)
     segments = row_segments(SHAPES[shape])
     inputs = [torch.randn(int(segments[-1, 1]) + 3, heads, 8) for heads in (4, 2, 2)]
-    actual = find_backend("flex")(*inputs, plan_attention(segments), 0.4)
+    actual = find_backend("flex")(*inputs, attention_pattern(segments), 0.4)
     torch.testing.assert_close(actual, dense_attention(*inputs, segments, 0.4), rtol=0, atol=2e-6)
 
 
@@ -89,7 +89,7 @@ def test_flash_calls_fit_the_operators(shape):
     segments = row_segments(SHAPES[shape])
     size = int(segments[-1, 1]) + 3
     inputs = [torch.randn(size, h, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)]
-    output = find_backend("flash")(*inputs, plan_attention(segments), 0.4)
+    output = find_backend("flash")(*inputs, attention_pattern(segments), 0.4)
     output.backward(torch.empty_like(output))
     assert [tensor.grad.shape for tensor in inputs] == [tensor.shape for tensor in inputs]
 
@@ -102,13 +102,13 @@ def test_cuda_backends_equal_the_cpu(backend, shape):
     torch.manual_seed(0)
     segments = row_segments(SHAPES[shape])
     size, scale = int(segments[-1, 1]) + 3, 0.2
-    plan = plan_attention(segments)
+    pattern = attention_pattern(segments)
     inputs = [torch.randn(size, heads, 64).bfloat16() for heads in (4, 2, 2)]
     grad = torch.randn(size, 4, 64).bfloat16()
     values = []
     for name, device, dtype in (("cpu", "cpu", torch.float32), (backend, "cuda", torch.bfloat16)):
         tensors = [tensor.to(device, dtype).requires_grad_() for tensor in inputs]
-        output = find_backend(name)(*tensors, plan, scale)
+        output = find_backend(name)(*tensors, pattern, scale)
         output.backward(grad.to(device, dtype))
         values.append([output.detach(), *(tensor.grad for tensor in tensors)])
     for expected, actual in zip(*values):
@@ -126,12 +126,12 @@ def test_the_fastest_measured_backend_is_chosen(tmp_path, monkeypatch):
 
 def test_overlapping_segments_are_refused():
     with pytest.raises(ValueError, match="must begin at 5"):
-        plan_attention(torch.tensor([[0, 5, 0, 0], [4, 8, 0, 5]]))
+        attention_pattern(torch.tensor([[0, 5, 0, 0], [4, 8, 0, 5]]))
     with pytest.raises(ValueError, match="its prefix must lie before it"):
-        plan_attention(torch.tensor([[0, 5, 0, 0], [5, 8, 0, 6]]))
+        attention_pattern(torch.tensor([[0, 5, 0, 0], [5, 8, 0, 6]]))
 
 
 def test_work_is_that_of_the_pattern():
-    """A prefix of 576 and eight captions of 175: pairs counted by the plan are those of the dense mask, no more."""
+    """A prefix of 576 and eight captions of 175: pairs counted by the pattern are those of the dense mask, no more."""
     segments = row_segments([(576, [175] * 8)])
-    assert plan_attention(segments).pairs() == dense_mask(segments, 576 + 8 * 175).sum()
+    assert attention_pattern(segments).pairs() == dense_mask(segments, 576 + 8 * 175).sum()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from balcap_mega.models.attention_backends import find_backend
 from balcap_mega.models.attention_backends.measured import fastest_backend
-from balcap_mega.models.attention_backends.plan import plan_attention
+from balcap_mega.models.attention_backends.pattern import attention_pattern
 
 
 class SegmentAttention(MegatronModule):
@@ -61,7 +61,7 @@ class SegmentAttention(MegatronModule):
         """
         backend = find_backend(_backend_for(query))
         output = backend(
-            query.squeeze(1), key.squeeze(1), value.squeeze(1), plan_attention(attention_mask), self.softmax_scale
+            query.squeeze(1), key.squeeze(1), value.squeeze(1), attention_pattern(attention_mask), self.softmax_scale
         )
         return output.flatten(1).unsqueeze(1)
 

@@ -1,6 +1,6 @@
 """Exact shared-prefix attention by several kernels: fused CPU, CUDA flash-attention, FlexAttention.
 
-A backend is a function `(query [S, H, d], key [S, H_kv, d], value [S, H_kv, d], plan, scale) -> [S, H, d]`,
+A backend is a function `(query [S, H, d], key [S, H_kv, d], value [S, H_kv, d], pattern, scale) -> [S, H, d]`,
 differentiable in the first three. None repeats keys or values, neither over query heads nor over captions.
 """
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from balcap_mega.models.attention_backends.plan import AttentionPlan
+from balcap_mega.models.attention_backends.pattern import AttentionPattern
 
-Backend = Callable[[Tensor, Tensor, Tensor, AttentionPlan, float], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, AttentionPattern, float], Tensor]
 
 
 def find_backend(name: str) -> Backend:

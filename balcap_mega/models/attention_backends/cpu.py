@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from balcap_mega.models.attention_backends.merged import MergedAttention
-from balcap_mega.models.attention_backends.plan import AttentionPlan, Range, lengths
+from balcap_mega.models.attention_backends.pattern import AttentionPattern, Range, lengths
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -50,5 +50,5 @@ class _CpuKernel:
         return tuple(torch.cat(tensors) for tensors in zip(*gradients))
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    return MergedAttention.apply(query, key, value, plan, scale, _CpuKernel)
+def attention(query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    return MergedAttention.apply(query, key, value, pattern, scale, _CpuKernel)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from balcap_mega.models.attention_backends.merged import MergedAttention
-from balcap_mega.models.attention_backends.plan import AttentionPlan, Range, lengths, offsets
+from balcap_mega.models.attention_backends.pattern import AttentionPattern, Range, lengths, offsets
 
 
 @lru_cache(maxsize=256)
@@ -43,5 +43,5 @@ class _FlashKernel:
         )
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    return MergedAttention.apply(query, key, value, plan, scale, _FlashKernel)
+def attention(query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    return MergedAttention.apply(query, key, value, pattern, scale, _FlashKernel)

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from balcap_mega.models.attention_backends.plan import AttentionPlan
+from balcap_mega.models.attention_backends.pattern import AttentionPattern
 
 
 @lru_cache(maxsize=16)
-def _block_mask(plan: AttentionPlan, size: int, device: torch.device) -> BlockMask:
+def _block_mask(pattern: AttentionPattern, size: int, device: torch.device) -> BlockMask:
     """Padding forms one causal segment of its own: a row of scores without a key would be a softmax of nothing."""
     segment = torch.full((size,), -1, dtype=torch.int32)
     prefix_start, prefix_stop = torch.zeros(2, size, dtype=torch.int32)
-    for index, (start, stop) in enumerate(plan.segments):
+    for index, (start, stop) in enumerate(pattern.segments):
         segment[start:stop] = index
-    for (start, stop), (first, last) in zip(plan.captions, plan.prefixes):
+    for (start, stop), (first, last) in zip(pattern.captions, pattern.prefixes):
         prefix_start[start:stop], prefix_stop[start:stop] = first, last
     segment, prefix_start, prefix_stop = (tensor.to(device) for tensor in (segment, prefix_start, prefix_stop))
 
@@ -35,12 +35,12 @@ def _compiled():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    size, total = len(query), plan.total
+def attention(query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    size, total = len(query), pattern.total
     kernel = _compiled() if query.is_cuda else flex_attention  # uncompiled it is dense: for checking, not for use
     output = kernel(
         *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)),
-        block_mask=_block_mask(plan, size, query.device),
+        block_mask=_block_mask(pattern, size, query.device),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from balcap_mega.models.attention_backends.plan import AttentionPlan, Range, lengths
+from balcap_mega.models.attention_backends.pattern import AttentionPattern, Range, lengths
 
 
 class VarlenKernel(Protocol):
@@ -44,27 +44,27 @@ def _add(tensor: Tensor, ranges: tuple[Range, ...], update: Tensor) -> None:
 
 
 class MergedAttention(torch.autograd.Function):
-    """`apply(query [S, H, d], key [S, H_kv, d], value [S, H_kv, d], plan, scale, kernel) -> [S, H, d]`."""
+    """`apply(query [S, H, d], key [S, H_kv, d], value [S, H_kv, d], pattern, scale, kernel) -> [S, H, d]`."""
 
     @staticmethod
-    def forward(ctx: Any, query, key, value, plan: AttentionPlan, scale: float, kernel: VarlenKernel) -> Tensor:
-        n = plan.total
+    def forward(ctx: Any, query, key, value, pattern: AttentionPattern, scale: float, kernel: VarlenKernel) -> Tensor:
+        n = pattern.total
         output, lse = torch.zeros_like(query), None
         if n:
-            own, lse = kernel.forward(query[:n], key[:n], value[:n], plan.segments, plan.segments, True, scale)
+            own, lse = kernel.forward(query[:n], key[:n], value[:n], pattern.segments, pattern.segments, True, scale)
             output[:n] = own
-        if plan.captions:
+        if pattern.captions:
             shared, shared_lse = kernel.forward(
-                _take(query, plan.captions),
-                _take(key, plan.prefixes),
-                _take(value, plan.prefixes),
-                plan.captions,
-                plan.prefixes,
+                _take(query, pattern.captions),
+                _take(key, pattern.prefixes),
+                _take(value, pattern.prefixes),
+                pattern.captions,
+                pattern.prefixes,
                 False,
                 scale,
             )
             at = 0
-            for start, stop in plan.captions:
+            for start, stop in pattern.captions:
                 taken = slice(at, at := at + stop - start)
                 own_lse, prefix_lse = lse[:, start:stop].clone(), shared_lse[:, taken]
                 lse[:, start:stop] = torch.logaddexp(own_lse, prefix_lse)
@@ -73,33 +73,42 @@ class MergedAttention(torch.autograd.Function):
                     output[start:stop].to(weight.dtype), shared[taken].to(weight.dtype), weight
                 )
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.plan, ctx.scale, ctx.kernel = plan, scale, kernel
+        ctx.pattern, ctx.scale, ctx.kernel = pattern, scale, kernel
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         query, key, value, output, lse = ctx.saved_tensors
-        plan, scale, kernel, n = ctx.plan, ctx.scale, ctx.kernel, ctx.plan.total
+        pattern, scale, kernel, n = ctx.pattern, ctx.scale, ctx.kernel, ctx.pattern.total
         gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
         if n:
             own = kernel.backward(
-                grad[:n], query[:n], key[:n], value[:n], output[:n], lse, plan.segments, plan.segments, True, scale
+                grad[:n],
+                query[:n],
+                key[:n],
+                value[:n],
+                output[:n],
+                lse,
+                pattern.segments,
+                pattern.segments,
+                True,
+                scale,
             )
             for total, part in zip(gradients, own):
                 total[:n] = part
-        if plan.captions:
+        if pattern.captions:
             shared = kernel.backward(
-                _take(grad, plan.captions),
-                _take(query, plan.captions),
-                _take(key, plan.prefixes),
-                _take(value, plan.prefixes),
-                _take(output, plan.captions),
-                _take(lse.t(), plan.captions).t().contiguous(),
-                plan.captions,
-                plan.prefixes,
+                _take(grad, pattern.captions),
+                _take(query, pattern.captions),
+                _take(key, pattern.prefixes),
+                _take(value, pattern.prefixes),
+                _take(output, pattern.captions),
+                _take(lse.t(), pattern.captions).t().contiguous(),
+                pattern.captions,
+                pattern.prefixes,
                 False,
                 scale,
             )
-            for total, part, ranges in zip(gradients, shared, (plan.captions, plan.prefixes, plan.prefixes)):
+            for total, part, ranges in zip(gradients, shared, (pattern.captions, pattern.prefixes, pattern.prefixes)):
                 _add(total, ranges, part)
         return *gradients, None, None, None

@@ -10,7 +10,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
+class AttentionPattern:
     """Each segment attends to itself causally (`segments`), and the captions of a group to its prefix in full.
 
     total:    tokens inside segments, which stand at the front of the row; what follows is padding
@@ -30,17 +30,17 @@ class AttentionPlan:
         return causal + sum((b - a) * (d - c) for (a, b), (c, d) in zip(self.captions, self.prefixes))
 
 
-def plan_attention(segments: Tensor) -> AttentionPlan:
-    """Plan for the [M, 4] rows (start, stop, prefix_start, prefix_stop) of a `PackedRow`.
+def attention_pattern(segments: Tensor) -> AttentionPattern:
+    """The pattern of the [M, 4] rows (start, stop, prefix_start, prefix_stop) of a `PackedRow`.
 
     Keep `segments` on the host: a device tensor is copied back, which waits for the device, at every layer.
     Raises ValueError where segments leave gaps, overlap, or attend to tokens that come after them.
     """
-    return _plan(tuple(map(tuple, segments.tolist())))
+    return _pattern_of(tuple(map(tuple, segments.tolist())))
 
 
 @lru_cache(maxsize=256)
-def _plan(segments: tuple[tuple[int, int, int, int], ...]) -> AttentionPlan:
+def _pattern_of(segments: tuple[tuple[int, int, int, int], ...]) -> AttentionPattern:
     end = 0
     for start, stop, prefix_start, prefix_stop in segments:
         if (
@@ -60,7 +60,7 @@ def _plan(segments: tuple[tuple[int, int, int, int], ...]) -> AttentionPlan:
             run = list(run)
             captions.append((run[0][0], run[-1][1]))
             prefixes.append(prefix)
-    return AttentionPlan(end, tuple(segment[:2] for segment in filled), tuple(captions), tuple(prefixes))
+    return AttentionPattern(end, tuple(segment[:2] for segment in filled), tuple(captions), tuple(prefixes))
 
 
 def lengths(ranges: tuple[Range, ...]) -> list[int]:
