@@ -7,7 +7,7 @@ import torch
 
 from balcap_mega.config.load import dump_config
 from balcap_mega.config.preflight import check_model, preflight
-from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig, RunConfig
+from balcap_mega.config.schema import MAY_CHANGE, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
 from balcap_mega.errors import UserError
 
 
@@ -136,6 +136,13 @@ def test_same_run_goes_on(run, tmp_path):
     save(run(), tmp_path)
     assert preflight(run(), 1) is True
     assert preflight(run(steps=5000, eval_every=7, checkpoint={"every": 3}), 1) is True
+    changed = {"rewards": {"cache_dir": "elsewhere", "endpoint": MLLM["endpoint"]}, "rollout": {"timeout_seconds": 9}}
+    assert preflight(run(**changed, parallel={"timeout_seconds": 9}, health={"non_finite": "skip"}), 1) is True
+
+
+def test_what_a_run_may_change_is_marked_where_the_key_is_declared():
+    marked = {name for name, field in RolloutConfig.model_fields.items() if MAY_CHANGE in field.metadata}
+    assert marked == {"tensor_parallel", "timeout_seconds", "memory_fraction", "verify_refit_every"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ All of them read only, so every rank runs them, before any process group, model 
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import torch
 from pydantic_core import from_json
 
 from balcap_mega.config.load import load_config
-from balcap_mega.config.schema import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
+from balcap_mega.config.schema import (
+    MAY_CHANGE,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+)
 from balcap_mega.errors import UserError
 
 RESOLVED_CONFIG = "config.yaml"  # `dump_config` of the run an output folder holds
@@ -20,24 +29,6 @@ ARCHITECTURES = ("qwen2_5_vl", "llava")  # `model_type` of a Hugging Face config
 PROCESSOR_FILES = (  # in each row, one of them
     ("tokenizer_config.json",),
     ("preprocessor_config.json", "processor_config.json"),  # transformers before and since version 5
-)
-
-# What the same run may change when it goes on; every other key would make it another run. A name stands for all below.
-MAY_CHANGE = (
-    "output_dir",
-    "steps",
-    "eval_every",
-    "checkpoint",
-    "parallel",  # checkpoints load under any layout
-    "packing",
-    "rollout.tensor_parallel",
-    "rollout.timeout_seconds",
-    "rollout.memory_fraction",
-    "rollout.verify_refit_every",
-    "rewards.endpoint",
-    "rewards.component_endpoints",
-    "rewards.cache_dir",
-    "health",
 )
 
 
@@ -214,19 +205,24 @@ def check_output(config: RunConfig) -> bool:
                 remedy="give an empty or a new output_dir",
             )
         return False
-    old, new = _leaves(load_config(resolved).model_dump()), _leaves(config.model_dump())
-    for key in old | new:
-        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{may}.") for may in MAY_CHANGE):
-            raise UserError(
-                f"output_dir={folder} holds another run: {key} was {old.get(key)!r} and is now {new.get(key)!r}",
-                remedy=f"give another output_dir, or set {key} back",
-            )
+    for key, old, new in _differences(load_config(resolved), config):
+        raise UserError(
+            f"output_dir={folder} holds another run: {key} was {old!r} and is now {new!r}",
+            remedy=f"give another output_dir, or set {key} back",
+        )
     return True
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one mapping of dotted keys to plain values."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return flat
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of all that the same run may not change; None for a key that is not there."""
+    if isinstance(old, Section) and isinstance(new, Section):
+        fields = type(new).model_fields.items()
+        pairs = {name: (getattr(old, name), getattr(new, name)) for name, f in fields if MAY_CHANGE not in f.metadata}
+    elif isinstance(old, dict) and isinstance(new, dict):
+        pairs = {name: (old.get(name), new.get(name)) for name in old | new}
+    else:
+        if old != new:
+            yield key, old, new
+        return
+    for name, (before, now) in pairs.items():
+        yield from _differences(before, now, f"{key}.{name}" if key else name)

@@ -2,6 +2,9 @@
 
 Unknown keys are refused (`load.py` names the nearest one). Checks that need only one section stand with it; checks
 across sections stand in `RunConfig`. Their messages read "problem; remedy", which `load.py` splits.
+
+A key that is marked `MAY_CHANGE` may have another value when a run goes on; any other key would make it another run.
+The mark on a section stands for every key in it.
 """
 
 import re
@@ -13,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+MAY_CHANGE = "may change when the run goes on"  # metadata of a field: `Annotated[type, MAY_CHANGE]`
 
 
 class Section(BaseModel):
@@ -111,12 +115,12 @@ class RolloutConfig(Section):
     max_tokens: Positive = 512
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    tensor_parallel: Positive = 1
+    tensor_parallel: Annotated[Positive, MAY_CHANGE] = 1
     max_model_len: Positive = 4096
-    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    memory_fraction: Annotated[float, Field(gt=0, lt=1), MAY_CHANGE] = 0.6
     fp8: bool = False
-    verify_refit_every: Annotated[int, Field(ge=0)] = 50  # checksums of every n-th refit; 0: never
-    timeout_seconds: Positive = 600
+    verify_refit_every: Annotated[int, Field(ge=0), MAY_CHANGE] = 50  # checksums of every n-th refit; 0: never
+    timeout_seconds: Annotated[Positive, MAY_CHANGE] = 600
 
 
 class LengthGateConfig(Section):
@@ -208,9 +212,9 @@ class RewardConfig(Section):
     """Who judges: the rules of `scenes`, or a multimodal LLM, with another endpoint for a component if wanted."""
 
     judge: Literal["scenes", "mllm"] = "scenes"
-    endpoint: JudgeEndpoint | None = None
-    component_endpoints: dict[Literal["precision", "recall", "linguistic"], JudgeEndpoint] = {}
-    cache_dir: str | None = None
+    endpoint: Annotated[JudgeEndpoint | None, MAY_CHANGE] = None
+    component_endpoints: Annotated[dict[Literal["precision", "recall", "linguistic"], JudgeEndpoint], MAY_CHANGE] = {}
+    cache_dir: Annotated[str | None, MAY_CHANGE] = None
     max_missing_fraction: Fraction = 0.2
 
     @model_validator(mode="after")
@@ -293,21 +297,21 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """One training run. `balcap_mega.config.load.load_config` builds it from YAML and `key=value` overrides."""
 
-    output_dir: str
+    output_dir: Annotated[str, MAY_CHANGE]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    steps: Annotated[int, Field(ge=0)] = 1000
-    eval_every: Annotated[int, Field(ge=0)] = 0  # 0: before and after RL only
+    steps: Annotated[int, Field(ge=0), MAY_CHANGE] = 1000
+    eval_every: Annotated[int, Field(ge=0), MAY_CHANGE] = 0  # 0: before and after RL only
     model: ModelConfig
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Annotated[ParallelConfig, MAY_CHANGE] = ParallelConfig()  # checkpoints load at any layout
     data: DataConfig = DataConfig()
     warmup: WarmupConfig = WarmupConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    packing: PackingConfig = PackingConfig()
+    packing: Annotated[PackingConfig, MAY_CHANGE] = PackingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    health: HealthConfig = HealthConfig()
+    checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
+    health: Annotated[HealthConfig, MAY_CHANGE] = HealthConfig()
 
     @model_validator(mode="after")
     def judge_fits_data(self):
