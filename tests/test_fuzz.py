@@ -43,7 +43,7 @@ from balcap_mega.evaluation.session import Spending, add_to_ledger, read_json
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.huggingface.files import check_checkpoint
 from balcap_mega.parallel.platform import Platform
-from balcap_mega.rewards.mllm.client import Unusable
+from balcap_mega.rewards.mllm.failures import Unusable
 from balcap_mega.rewards.mllm.judge import MllmJudge
 from tests.support.judge_server import Fault, JudgeServer, RuleJudge
 from tests.support.mutations import mutate_bytes, mutate_json

@@ -171,7 +171,7 @@ FAULTS = {
     "invalid_response": Fault(body="not json at all"),
     "refusal": Fault(refusal="I can't help with that.", content=""),
     "truncated": Fault(content='{"clarity": 7, "flu', finish_reason="length"),
-    "invalid_json": Fault(content='{"clarity": 7, "fluency": '),
+    "not_json": Fault(content='{"clarity": 7, "fluency": '),
     "off_schema": Fault(content='{"clarity": 11, "fluency": 8, "coherency": 9}'),
     "empty": Fault(content=""),
 }

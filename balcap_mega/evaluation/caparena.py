@@ -26,7 +26,9 @@ from balcap_mega.data.files import read_image_file, refuse_outside
 from balcap_mega.data.images import PilDecoder
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation.session import fill, for_each, load_prompt, read_json, write_json
-from balcap_mega.rewards.mllm.client import ChatClient, Completion, Unusable
+from balcap_mega.rewards.mllm.client import ChatClient
+from balcap_mega.rewards.mllm.failures import Unusable
+from balcap_mega.rewards.mllm.replies import Completion
 
 BASELINES = ("GPT-4o-0806", "CogVLM2-llama3-chat-19B", "MiniCPM-V2.6-8B")
 SHORT_NAMES = dict(zip(("gpt", "cog", "cpm"), BASELINES))

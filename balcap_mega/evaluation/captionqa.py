@@ -25,7 +25,8 @@ from typing_extensions import TypedDict
 
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation.session import for_each, load_prompt, read_json, read_json_lines, write_json
-from balcap_mega.rewards.mllm.client import ChatClient, Completion
+from balcap_mega.rewards.mllm.client import ChatClient
+from balcap_mega.rewards.mllm.replies import Completion
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CANNOT_ANSWER = "Cannot answer from the caption"

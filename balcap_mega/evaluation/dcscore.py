@@ -37,7 +37,8 @@ from balcap_mega.evaluation.session import (
     read_picture,
     write_json,
 )
-from balcap_mega.rewards.mllm.client import ChatClient, RequestFailed
+from balcap_mega.rewards.mllm.client import ChatClient
+from balcap_mega.rewards.mllm.failures import RequestFailed
 
 TRIES = 5
 MATCHINGS = VERIFICATIONS = 3

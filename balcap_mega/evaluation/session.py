@@ -17,7 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from balcap_mega.data.files import read_image_file
 from balcap_mega.data.images import PilDecoder
 from balcap_mega.errors import UserError
-from balcap_mega.rewards.mllm.client import ChatClient, ClientCounters, RequestFailed
+from balcap_mega.rewards.mllm.client import ChatClient, ClientCounters
+from balcap_mega.rewards.mllm.failures import RequestFailed
 from balcap_mega.rewards.mllm.judge import JudgeReport
 
 T = TypeVar("T")

@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from balcap_mega.config.schema import JudgeEndpoint
 from balcap_mega.errors import UserError
 from balcap_mega.rewards.mllm.cache import ReplyCache
+from balcap_mega.rewards.mllm.failures import AttemptFailed, RequestFailed, Unusable
+from balcap_mega.rewards.mllm.replies import Completion
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -30,55 +32,6 @@ MOST_REPLY_BYTES = 2**23  # a hundred times what any question here is answered w
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)  # of the server's own, what goes into logs
 # Greedy decoding would repeat an unusable reply; the next attempts sample, each with its own fixed seed.
 SECOND_OPINION_TEMPERATURE = 0.3
-
-
-Tokens = Annotated[int, Field(ge=0, lt=2**40)]
-
-
-class Usage(BaseModel):
-    prompt_tokens: Tokens = 0
-    completion_tokens: Tokens = 0
-
-
-class Message(BaseModel):
-    content: str | None = None
-    refusal: str | None = None
-
-
-class Choice(BaseModel):
-    message: Message
-    finish_reason: str | None = None
-
-
-class Completion(BaseModel):
-    """The part of a chat completion that is read here."""
-
-    choices: list[Choice] = Field(min_length=1)
-    usage: Usage | None = None
-
-
-class AttemptFailed(Exception):
-    """One attempt came to nothing. `reason` is a short name fit for counting; the server's text is never kept."""
-
-    def __init__(self, reason: str, *, retry: bool = True, request_id: str = "", retry_after: float = 0.0):
-        super().__init__(reason)
-        self.reason = reason
-        self.retry = retry
-        self.request_id = request_id
-        self.retry_after = retry_after
-
-
-class Unusable(AttemptFailed):
-    """The endpoint answered, but not what was asked: a refusal, a cut or invalid reply, a score out of range."""
-
-
-class RequestFailed(Exception):
-    """A request that every attempt failed; the ids let the endpoint's operator find each one."""
-
-    def __init__(self, reasons: list[str], request_ids: list[str]):
-        super().__init__(f"{', '.join(reasons)} (request ids {', '.join(request_ids)})")
-        self.reasons = reasons
-        self.request_ids = request_ids
 
 
 @dataclass
@@ -253,14 +206,3 @@ def _seconds(header: str | None) -> float:
     except ValueError:
         return 0.0
     return seconds if math.isfinite(seconds) else 0.0
-
-
-def usable_text(choice: Choice) -> str:
-    """A choice's text. Raises Unusable for a refusal or a reply cut at the token limit."""
-    if choice.message.refusal or choice.finish_reason == "content_filter":
-        raise Unusable("refusal")
-    if choice.finish_reason == "length":
-        raise Unusable("truncated")
-    if not choice.message.content:
-        raise Unusable("empty")
-    return choice.message.content

@@ -21,7 +21,8 @@ from balcap_mega.rewards.judge import COMPONENTS, Assertion, Judgement, Verdict
 from balcap_mega.rewards.mllm import questions
 from balcap_mega.rewards.mllm.background import BackgroundLoop, SharedWork
 from balcap_mega.rewards.mllm.cache import ReplyCache
-from balcap_mega.rewards.mllm.client import ChatClient, ClientCounters, RequestFailed
+from balcap_mega.rewards.mllm.client import ChatClient, ClientCounters
+from balcap_mega.rewards.mllm.failures import RequestFailed
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from balcap_mega.data.files import ImageFileDataset, ImageRow
 from balcap_mega.data.jsonl import as_line, drop_cut_line, read_jsonl
-from balcap_mega.rewards.mllm.client import RequestFailed
+from balcap_mega.rewards.mllm.failures import RequestFailed
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
 AHEAD = 512  # rows whose units are being asked for at once; the endpoint's own limit is below

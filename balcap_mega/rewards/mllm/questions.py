@@ -14,10 +14,10 @@ from importlib.resources import files
 from typing import Annotated, Any, Generic, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from balcap_mega.data.jsonl import Text
-from balcap_mega.rewards.mllm.client import Completion, Unusable, usable_text
+from balcap_mega.rewards.mllm.replies import Completion, WholeNumber, usable_json
 
 # `<`, `>` and `|` spell control tokens of chat templates (<|im_end|>, </s>, <image>), brackets spell others ([INST]).
 # None of them is needed by a JSON object of strings, so each can be escaped wherever it occurs.
@@ -50,9 +50,9 @@ class Units(ReplyModel):
 
 
 class Grades(ReplyModel):
-    clarity: Annotated[int, Field(ge=0, le=HIGHEST_GRADE)]
-    fluency: Annotated[int, Field(ge=0, le=HIGHEST_GRADE)]
-    coherency: Annotated[int, Field(ge=0, le=HIGHEST_GRADE)]
+    clarity: Annotated[WholeNumber, Field(ge=0, le=HIGHEST_GRADE)]
+    fluency: Annotated[WholeNumber, Field(ge=0, le=HIGHEST_GRADE)]
+    coherency: Annotated[WholeNumber, Field(ge=0, le=HIGHEST_GRADE)]
 
 
 class Found(ReplyModel):
@@ -77,11 +77,7 @@ class Question(Generic[Reply]):
 
     def accept(self, completion: Completion) -> Reply:
         """Raises Unusable for a reply that is refused, cut, not JSON, or not of the schema."""
-        try:
-            return self.reply.model_validate_json(usable_text(completion.choices[0]))
-        except ValidationError as error:
-            kinds = {e["type"] for e in error.errors()}
-            raise Unusable("invalid_json" if kinds == {"json_invalid"} else "off_schema") from None
+        return usable_json(completion.choices[0], self.reply)
 
 
 def split(caption: str) -> Question[Split]:
