@@ -31,7 +31,7 @@ from balcap_mega.parallel.groups import initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit
-from balcap_mega.rollout.refit.transfer import BUCKET_BYTES, RefitReport
+from balcap_mega.rollout.refit.refit import BUCKET_BYTES, RefitReport
 
 VOCABULARY = 152064
 LAYOUTS = (

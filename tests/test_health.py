@@ -23,7 +23,7 @@ from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.collect import CaptionScore, build_reward_batch
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit, weight_transfer
-from balcap_mega.rollout.refit.transfer import CorruptRefit
+from balcap_mega.rollout.refit.refit import CorruptRefit
 from balcap_mega.training.batches import Prompts, batch_builder
 from balcap_mega.training.guard.health import Health, Unhealthy
 from balcap_mega.training.learner import Learner, UpdateResult

@@ -18,10 +18,11 @@ from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import RolloutEngine
-from balcap_mega.rollout.refit import build_refit, transfer
+from balcap_mega.rollout.refit import build_refit
+from balcap_mega.rollout.refit import refit as refit_module
 from balcap_mega.rollout.refit.peers import share_parameters
 from balcap_mega.rollout.refit.pieces import checksums
-from balcap_mega.rollout.refit.transfer import RefitError
+from balcap_mega.rollout.refit.refit import RefitError
 from balcap_mega.rollout.vllm_runtime import import_vllm
 from tests.support.distributed import _rank_main, launch, launcher_store
 from tests.support.policy_cases import load_state
@@ -140,7 +141,7 @@ def several_ranks(cases):
         engine = make_engine(folder, engine_tensor)
         engine.sample(make_prompts(2), step=0)
         for seed, (tensor, pipeline) in enumerate(layouts, start=1):
-            transfer.share_parameters = share_parameters if seed % 2 else lambda *unreachable: None
+            refit_module.share_parameters = share_parameters if seed % 2 else lambda *unreachable: None
             check_refit(folder, engine, tensor, pipeline, seed)
         del engine
         gc.collect()
@@ -169,7 +170,7 @@ class DeafEngine:
 def silent_rank(folder, dies, reachable):
     """Rank 1 stalls, or is killed, on its way to the second bucket. Returns the error that the others see."""
     if not reachable:
-        transfer.share_parameters = lambda *unreachable: None
+        refit_module.share_parameters = lambda *unreachable: None
     policy, parallel = make_policy(folder, 1, torch.distributed.get_world_size())
     refit = build_refit(policy, DeafEngine(), parallel, bucket_bytes=BUCKET_BYTES)
     refit.run()

@@ -14,7 +14,7 @@ from balcap_mega.planning.generation import cache_bytes_per_token
 from balcap_mega.planning.hardware import BF16, FP32, GIB, Gpu
 from balcap_mega.planning.parameters import ParameterCounts
 from balcap_mega.planning.workload import Rows, Workload
-from balcap_mega.rollout.refit.transfer import BUCKET_BYTES
+from balcap_mega.rollout.refit.refit import BUCKET_BYTES
 
 OPTIMIZER_BYTES = 3 * FP32
 """Of each trained parameter: the float32 weight and two moments."""

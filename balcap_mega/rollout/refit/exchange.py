@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from balcap_mega.rollout.refit.pieces import rectangle
-from balcap_mega.rollout.refit.plan import Bucket, Piece, RefitPlan
+from balcap_mega.rollout.refit.transfers import Bucket, Piece, Transfers
 
 Sources = Callable[[Sequence[Piece]], list[Tensor]]
 """Views [rows, cols] of the trainer's weights, one a piece."""
@@ -33,10 +33,13 @@ class Exchange(Protocol):
 class ProcessGroupExchange:
     """One all-to-all a bucket, over whatever links the backend has."""
 
-    def __init__(self, plan: RefitPlan, sources: Sources, dtype: torch.dtype, device: torch.device, timeout: float):
-        self._buckets, self._sources, self._timeout = plan.buckets, sources, timeout
+    def __init__(
+        self, transfers: Transfers, sources: Sources, dtype: torch.dtype, device: torch.device, timeout: float
+    ):
+        self._buckets, self._sources, self._timeout = transfers.buckets, sources, timeout
         self._buffers = [
-            torch.empty(plan.buffer_elements, dtype=dtype, device=device) for _ in range(min(2, len(plan.buckets)))
+            torch.empty(transfers.buffer_elements, dtype=dtype, device=device)
+            for _ in range(min(2, len(transfers.buckets)))
         ]
         self._work: list[torch.distributed.Work | None] = [None, None]
         self.buffer_bytes = sum(buffer.nbytes for buffer in self._buffers)
@@ -67,9 +70,9 @@ class PeerExchange:
 
     buffer_bytes = 0
 
-    def __init__(self, plan: RefitPlan, parameters: Mapping[tuple[int, str], Tensor]):
+    def __init__(self, transfers: Transfers, parameters: Mapping[tuple[int, str], Tensor]):
         """parameters: what `share_parameters` found of the other ranks'."""
-        self._buckets, self._parameters = plan.buckets, parameters
+        self._buckets, self._parameters = transfers.buckets, parameters
 
     def launch(self, number: int) -> None:
         pass

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from balcap_mega.rollout.refit.plan import Place
+from balcap_mega.rollout.refit.transfers import Place
 
 CHECKSUM_CHUNK = 2**22
 

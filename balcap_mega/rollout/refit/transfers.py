@@ -66,10 +66,10 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class RefitPlan:
+class Transfers:
     """One rank's part of a refit, as many buckets on every rank.
 
-    lower_bound_elements: what this rank's engine needs and this rank does not hold: no plan receives fewer
+    lower_bound_elements: what this rank's engine needs and this rank does not hold: nobody can receive fewer
     target_elements:      how much of each vLLM parameter of this rank is written
     """
 
@@ -96,14 +96,14 @@ class RefitPlan:
         return max((bucket.send_elements + bucket.receive_elements for bucket in self.buckets), default=0)
 
 
-def plan_refit(
+def find_transfers(
     sources: Sequence[Sequence[Block]],
     targets: Sequence[Sequence[Block]],
     *,
     rank: int,
     bucket_elements: int,
     skip: Collection[str] = (),
-) -> RefitPlan:
+) -> Transfers:
     """This rank's part of moving what `targets[r]` lists, for every rank r, out of what `sources[r]` lists.
 
     sources:         for each rank, its Megatron table; blocks of one tensor are either equal or disjoint
@@ -127,7 +127,7 @@ def plan_refit(
                 target_elements[place.parameter] += _area(block)
             own = sum(_area(_intersection(block, other)) for other, at in held[name].items() if rank in at)
             lower_bound += (_area(block) - own) * len(ranks[rank])
-    return RefitPlan(rank, packer.finish(), lower_bound, dict(target_elements))
+    return Transfers(rank, packer.finish(), lower_bound, dict(target_elements))
 
 
 Rectangle = tuple[Span, Span]
@@ -269,7 +269,9 @@ class _BucketPacker:
         local = [piece for piece in self.own if piece.source_rank == piece.target_rank]
         sends = [piece for piece in self.own if piece.source_rank == self.rank != piece.target_rank]
         receives = [piece for piece in self.own if piece.target_rank == self.rank != piece.source_rank]
-        sends.sort(key=lambda piece: piece.target_rank)  # stable: within a rank pair both sides keep the plan's order
+        sends.sort(
+            key=lambda piece: piece.target_rank
+        )  # stable: within a rank pair both sides keep the order of `_interleaved`
         receives.sort(key=lambda piece: piece.source_rank)
         self.buckets.append(Bucket(tuple(local), tuple(sends), tuple(receives)))
         self._open()

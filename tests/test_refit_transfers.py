@@ -1,4 +1,4 @@
-"""The refit plan alone, without processes: every engine parameter written once, with what the trainer holds."""
+"""The transfers alone, without processes: every engine parameter written once, with what the trainer holds."""
 
 from collections import Counter, defaultdict
 from types import SimpleNamespace
@@ -7,8 +7,8 @@ import pytest
 
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.huggingface.mapping import Block
-from balcap_mega.rollout.refit.layout import RefitLayout, vision_tensors
-from balcap_mega.rollout.refit.plan import plan_refit
+from balcap_mega.rollout.refit.tables import RefitTables, vision_tensors
+from balcap_mega.rollout.refit.transfers import find_transfers
 
 
 def qwen(**changes) -> Architecture:
@@ -26,8 +26,8 @@ def qwen(**changes) -> Architecture:
     return Architecture(**values | changes)
 
 
-def plans(layout: RefitLayout, bucket_elements: int = 20_000, **options):
-    return [layout.plan(rank, bucket_elements=bucket_elements, **options) for rank in range(layout.world_size)]
+def all_ranks(tables: RefitTables, bucket_elements: int = 20_000, **options):
+    return [tables.transfers(rank, bucket_elements=bucket_elements, **options) for rank in range(tables.world_size)]
 
 
 LAYOUTS = [
@@ -45,18 +45,18 @@ LAYOUTS = [
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("world,tensor,pipeline,engine", LAYOUTS)
 def test_every_target_is_written_once_with_the_right_part(world, tensor, pipeline, engine, tied):
-    layout = RefitLayout(qwen(tie_word_embeddings=tied), world, tensor, pipeline, engine)
-    everyone = plans(layout)
-    check_content(layout, everyone)
+    tables = RefitTables(qwen(tie_word_embeddings=tied), world, tensor, pipeline, engine)
+    everyone = all_ranks(tables)
+    check_content(tables, everyone)
     check_agreement(everyone)
 
 
-def check_content(layout, everyone):
-    """Replay the plan on labels (tensor, row, column) instead of numbers, row ends only: cheap and exact."""
-    megatron, engines = layout.megatron_tables(), layout.engine_tables()
-    for rank, plan in enumerate(everyone):
+def check_content(tables, everyone):
+    """Replay the transfers on labels (tensor, row, column) instead of numbers, row ends only: cheap and exact."""
+    megatron, engines = tables.megatron_tables(), tables.engine_tables()
+    for rank, each in enumerate(everyone):
         written = defaultdict(Counter)
-        for bucket in plan.buckets:
+        for bucket in each.buckets:
             for piece in (*bucket.local, *bucket.receives):
                 source = label(megatron[piece.source_rank], piece.hf_name, piece.source)
                 target = label(engines[rank], piece.hf_name, piece.target)
@@ -87,68 +87,68 @@ def label(table: list[Block], hf_name, place):
 
 def check_agreement(everyone):
     """Sender and receiver list the same pieces in the same order, bucket by bucket."""
-    assert len({len(plan.buckets) for plan in everyone}) == 1
+    assert len({len(each.buckets) for each in everyone}) == 1
     for number in range(len(everyone[0].buckets)):
         sent, received = defaultdict(list), defaultdict(list)
-        for plan in everyone:
-            for piece in plan.buckets[number].sends:
-                sent[plan.rank, piece.target_rank].append(piece)
-            for piece in plan.buckets[number].receives:
-                received[piece.source_rank, plan.rank].append(piece)
+        for each in everyone:
+            for piece in each.buckets[number].sends:
+                sent[each.rank, piece.target_rank].append(piece)
+            for piece in each.buckets[number].receives:
+                received[piece.source_rank, each.rank].append(piece)
         assert sent == received
 
 
 @pytest.mark.parametrize("world,tensor,pipeline,engine", LAYOUTS)
 def test_no_rank_receives_more_than_it_lacks_and_buckets_stay_small(world, tensor, pipeline, engine):
-    layout = RefitLayout(qwen(), world, tensor, pipeline, engine)
+    tables = RefitTables(qwen(), world, tensor, pipeline, engine)
     limit = 5_000
-    for plan in plans(layout, limit):
-        assert plan.received_elements == plan.lower_bound_elements
-        assert plan.buffer_elements <= limit
-        assert plan.received_elements + plan.local_elements == sum(plan.target_elements.values())
+    for each in all_ranks(tables, limit):
+        assert each.received_elements == each.lower_bound_elements
+        assert each.buffer_elements <= limit
+        assert each.received_elements + each.local_elements == sum(each.target_elements.values())
 
 
 def test_same_layout_moves_nothing():
-    for plan in plans(RefitLayout(qwen(), 1, 1, 1, 1)):
-        assert plan.received_elements == plan.sent_elements == 0
+    for each in all_ranks(RefitTables(qwen(), 1, 1, 1, 1)):
+        assert each.received_elements == each.sent_elements == 0
 
 
 def test_data_parallel_copies_share_the_sending():
     """Four copies of each of two stages: all copies of a stage send, none much more than the others."""
-    sent = [plan.sent_elements for plan in plans(RefitLayout(qwen(num_layers=16, vocab_size=64), 8, 1, 2, 1))]
+    sent = [each.sent_elements for each in all_ranks(RefitTables(qwen(num_layers=16, vocab_size=64), 8, 1, 2, 1))]
     for stage in (sent[:4], sent[4:]):
         assert min(stage) > 0.8 * max(stage)
 
 
 def test_stages_send_at_the_same_time():
-    everyone = plans(RefitLayout(qwen(num_layers=16, vocab_size=64), 2, 1, 2, 1), 50_000)
-    both = sum(all(plan.buckets[n].sends for plan in everyone) for n in range(len(everyone[0].buckets)))
+    everyone = all_ranks(RefitTables(qwen(num_layers=16, vocab_size=64), 2, 1, 2, 1), 50_000)
+    both = sum(all(each.buckets[n].sends for each in everyone) for n in range(len(everyone[0].buckets)))
     assert both > 0.8 * len(everyone[0].buckets)
 
 
 def test_frozen_tensors_stay():
     architecture = qwen()
     frozen = vision_tensors(architecture)
-    for plan in plans(RefitLayout(architecture, 4, 2, 2, 2), frozen=frozen):
-        assert plan.target_elements and not any(name.startswith("visual.") for name in plan.target_elements)
-        assert not any(p.hf_name in frozen for b in plan.buckets for p in (*b.local, *b.sends, *b.receives))
+    for each in all_ranks(RefitTables(architecture, 4, 2, 2, 2), frozen=frozen):
+        assert each.target_elements and not any(name.startswith("visual.") for name in each.target_elements)
+        assert not any(p.hf_name in frozen for b in each.buckets for p in (*b.local, *b.sends, *b.receives))
 
 
-def test_largest_layout_is_planned_in_seconds():
+def test_transfers_of_the_largest_layout_take_seconds():
     """Qwen2.5-VL-72B's language model, TP8 x PP8 to TP8: 64 ranks."""
     architecture = qwen(
         num_layers=80, hidden_size=8192, ffn_hidden_size=29568, num_attention_heads=64, num_kv_heads=8, head_dim=128,
         vocab_size=152064,
     )  # fmt: skip
-    layout = RefitLayout(architecture, 64, 8, 8, 8, vision_data_parallel=True)
-    plan = layout.plan(37, bucket_elements=2**27, frozen=vision_tensors(architecture))
-    assert plan.received_elements == plan.lower_bound_elements > 0
-    assert plan.buffer_elements <= 2**27
-    assert 80 * 8192 * 29568 * 3 // 8 < sum(plan.target_elements.values()) < 73e9 / 8
+    tables = RefitTables(architecture, 64, 8, 8, 8, vision_data_parallel=True)
+    each = tables.transfers(37, bucket_elements=2**27, frozen=vision_tensors(architecture))
+    assert each.received_elements == each.lower_bound_elements > 0
+    assert each.buffer_elements <= 2**27
+    assert 80 * 8192 * 29568 * 3 // 8 < sum(each.target_elements.values()) < 73e9 / 8
 
 
 def test_a_target_nobody_holds_is_refused_before_anything_moves():
     source = [[Block("w", (0, 4), (0, 4), "p", (0, 4), (0, 4))]]
     target = [[Block("w", (0, 5), (0, 4), "q", (0, 5), (0, 4))]]
     with pytest.raises(ValueError, match="w: the engine needs"):
-        plan_refit(source, target, rank=0, bucket_elements=100)
+        find_transfers(source, target, rank=0, bucket_elements=100)

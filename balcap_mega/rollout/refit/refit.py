@@ -22,7 +22,7 @@ from balcap_mega.rollout.refit.exchange import (
 )
 from balcap_mega.rollout.refit.peers import share_parameters
 from balcap_mega.rollout.refit.pieces import CorruptPieces, Write, checksums, rectangle
-from balcap_mega.rollout.refit.plan import Bucket, Piece, RefitPlan
+from balcap_mega.rollout.refit.transfers import Bucket, Piece, Transfers
 
 BUCKET_BYTES = 2**28
 
@@ -57,9 +57,9 @@ class RefitReport:
 
 
 class Refit:
-    """Moves the policy's weights into the engine by `plan`, as often as asked.
+    """Moves the policy's weights into the engine as `transfers` say, as often as asked.
 
-    policy:          this rank's part of the policy, named as in the plan; its values are read at each `run`
+    policy:          this rank's part of the policy, named as in the transfers; its values are read at each `run`
     timeout_seconds: how long any rank waits for the others before it gives up
     verify_every:    every n-th refit, the first included, compares checksums of every piece, taken before it leaves and
                      after it is written; 0: none does
@@ -69,25 +69,25 @@ class Refit:
         self,
         policy: nn.Module,
         engine: RolloutEngine,
-        plan: RefitPlan,
+        transfers: Transfers,
         *,
         timeout_seconds: float,
         verify_every: int = 0,
     ):
         self._parameters = dict(policy.named_parameters())
         self._engine = engine
-        self._plan = plan
+        self._transfers = transfers
         self._timeout = timeout_seconds
         self._verify_every = verify_every
         self._runs = 0
         self._dtype = engine.dtype
         self._peers = None
         if world_size() > 1 and engine.device.type == "cpu":
-            offered = {piece.source.parameter for bucket in plan.buckets for piece in bucket.sends}
-            received = (piece for bucket in plan.buckets for piece in bucket.receives)
+            offered = {piece.source.parameter for bucket in transfers.buckets for piece in bucket.sends}
+            received = (piece for bucket in transfers.buckets for piece in bucket.receives)
             wanted = {(piece.source_rank, piece.source.parameter) for piece in received}
             self._peers = share_parameters({name: self._parameters[name] for name in offered}, wanted)
-        init_info = {"target_elements": plan.target_elements, "dtype": engine.dtype}
+        init_info = {"target_elements": transfers.target_elements, "dtype": engine.dtype}
         self._rpc("init_weight_transfer_engine", init_info=init_info)
 
     def run(self, offload: Callable[[], None] | None = None) -> RefitReport:
@@ -107,7 +107,7 @@ class Refit:
             with self._naming("start"):
                 self._meet()
                 self._rpc("start_refit")
-            self._transfer()
+            self._move()
             with self._naming("finish"):
                 processing = self._rpc("finish_refit")
                 self._meet()
@@ -117,9 +117,9 @@ class Refit:
             self._engine.reset_caches()
         return self._report(clock.seconds)
 
-    def _transfer(self) -> None:
+    def _move(self) -> None:
         """Bucket k + 1 is packed and on its way while bucket k is written."""
-        exchange, buckets = self._exchange(), self._plan.buckets
+        exchange, buckets = self._exchange(), self._transfers.buckets
         self._buffer_bytes = exchange.buffer_bytes
         for number, bucket in enumerate(buckets):
             if number == 0:
@@ -134,8 +134,8 @@ class Refit:
 
     def _exchange(self) -> Exchange:
         if self._peers is not None:
-            return PeerExchange(self._plan, self._peers)
-        return ProcessGroupExchange(self._plan, self._sources, self._dtype, self._engine.device, self._timeout)
+            return PeerExchange(self._transfers, self._peers)
+        return ProcessGroupExchange(self._transfers, self._sources, self._dtype, self._engine.device, self._timeout)
 
     def _launch(self, exchange: Exchange, number: int) -> None:
         with self._naming("transfer", number):
@@ -170,7 +170,7 @@ class Refit:
             yield
         except Exception as error:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-            where = "" if bucket is None else f", bucket {bucket + 1} of {len(self._plan.buckets)}"
+            where = "" if bucket is None else f", bucket {bucket + 1} of {len(self._transfers.buckets)}"
             message = f"refit stopped on rank {rank} in phase {phase}{where}: {error}"
             if isinstance(error, CorruptPieces):
                 raise CorruptRefit(
@@ -184,14 +184,14 @@ class Refit:
         return result
 
     def _report(self, seconds: dict[str, float]) -> RefitReport:
-        plan, size = self._plan, self._dtype.itemsize
+        transfers, size = self._transfers, self._dtype.itemsize
         return RefitReport(
             seconds=seconds,
-            buckets=len(plan.buckets),
-            local_bytes=plan.local_elements * size,
-            sent_bytes=plan.sent_elements * size,
-            received_bytes=plan.received_elements * size,
-            lower_bound_bytes=plan.lower_bound_elements * size,
+            buckets=len(transfers.buckets),
+            local_bytes=transfers.local_elements * size,
+            sent_bytes=transfers.sent_elements * size,
+            received_bytes=transfers.received_elements * size,
+            lower_bound_bytes=transfers.lower_bound_elements * size,
             buffer_bytes=self._buffer_bytes,
         )
 

@@ -1,4 +1,4 @@
-"""The two layouts a refit goes between, for every rank of the job: Megatron's and vLLM's tables side by side."""
+"""What every rank of the job holds on either side of a refit: Megatron's tables beside vLLM's."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.huggingface.mapping import Block, megatron_blocks, vllm_blocks
 from balcap_mega.models.huggingface.tensors import vision_shapes
-from balcap_mega.rollout.refit.plan import RefitPlan, plan_refit
+from balcap_mega.rollout.refit.transfers import Transfers, find_transfers
 
 
 @dataclass(frozen=True)
-class RefitLayout:
+class RefitTables:
     """Which shard of either side each of `world_size` ranks has.
 
     Megatron numbers ranks with tensor parallelism fastest, then data, then pipeline; the ranks of
@@ -58,9 +58,9 @@ class RefitLayout:
         ]
         return [shards[rank % self.engine_tensor_size] for rank in range(self.world_size)]
 
-    def plan(self, rank: int, *, bucket_elements: int, frozen: Collection[str] = ()) -> RefitPlan:
-        """`rank`'s part of the refit of everything but the Hugging Face tensors `frozen`."""
-        return plan_refit(
+    def transfers(self, rank: int, *, bucket_elements: int, frozen: Collection[str] = ()) -> Transfers:
+        """What `rank` sends, receives and copies in a refit of everything but the Hugging Face tensors `frozen`."""
+        return find_transfers(
             self.megatron_tables(),
             self.engine_tables(),
             rank=rank,
