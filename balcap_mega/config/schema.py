@@ -124,7 +124,11 @@ class RolloutConfig(Section):
 
 
 class LengthGateConfig(Section):
-    """Caption length over reference length, both in `unit`; the bounds are inclusive. τ_l and τ_u of BalCapRL."""
+    """Caption length over reference length, both in `unit`; the bounds are inclusive. τ_l and τ_u of BalCapRL.
+
+    words: of any script, by `balcap_mega.algorithm.words`: what stands between blanks, and where words have none
+    between them, by their letters.
+    """
 
     lower: NonNegative = 0.5
     upper: NonNegative = 2.0

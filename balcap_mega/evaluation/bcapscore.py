@@ -10,6 +10,7 @@ from statistics import fmean
 
 from typing_extensions import TypedDict
 
+from balcap_mega.algorithm.words import count_words
 from balcap_mega.data.files import ImageFileDataset
 from balcap_mega.data.jsonl import drop_cut_line
 from balcap_mega.errors import UserError
@@ -78,7 +79,7 @@ class BCapScoreRun:
                 raise UserError(f"{self.output}: no caption has a {name}", remedy="run again with a working judge")
             means[name] = 100 * fmean(values)
         missing = sum(None in (entry[name] for name in COMPONENTS) for entry in latest)
-        lengths = [len(entry["caption"].split()) for entry in latest]
+        lengths = [count_words(entry["caption"]) for entry in latest]
         return {
             "b_capscore": b_capscore(**means),
             **means,

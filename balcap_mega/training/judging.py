@@ -13,10 +13,6 @@ from balcap_mega.rewards.judge import Judge, Judgement
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
 
 
-def count_words(text: str) -> float:
-    return float(len(text.split()))
-
-
 @dataclass(frozen=True)
 class JudgedCaption:
     """What the judge said of one caption, and what it comes to."""

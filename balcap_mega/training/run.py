@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from balcap_mega.algorithm.words import count_words
 from balcap_mega.config.load import dump_config
 from balcap_mega.config.preflight import preflight
 from balcap_mega.config.schema import RunConfig
@@ -30,7 +31,7 @@ from balcap_mega.training.guard.signals import Stopped, StopRequest, end_with_la
 from balcap_mega.training.guard.watchdog import Watchdog, collective_timeout, stuck_seconds
 from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out, read_result, write_result
 from balcap_mega.training.initial import initial_checkpoint, warmed_up_checkpoint
-from balcap_mega.training.judging import count_words, patience
+from balcap_mega.training.judging import patience
 from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.observe.console import Console
 from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read_metrics
