@@ -197,7 +197,7 @@ def grid_table(results: Sequence[dict[str, float]]) -> str:
 
 def run_step(folder: Path, images: int, group: int, caption_tokens: int, repeats: int) -> dict[str, float]:
     """vLLM's captions, then the update on them: what TRL's step is held against."""
-    from balcap_mega.rollout.engine import Prompt, RolloutEngine
+    from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest
 
     examples = records(images, 336, 336)
     bench = Bench.of(folder)
@@ -205,7 +205,7 @@ def run_step(folder: Path, images: int, group: int, caption_tokens: int, repeats
     platform = Platform.resolve("auto")
     engine = RolloutEngine(folder, config, device=platform.device, dtype=torch.float32, seed=0)
     engine.processor.banned_token_ids += engine.processor.eos_token_ids  # every caption runs to its limit
-    prompts = [Prompt(index, record) for index, record in enumerate(examples)]
+    prompts = [RolloutRequest(index, record) for index, record in enumerate(examples)]
     generation = []
     for step in range(repeats + 1):
         engine.reset_caches()  # as a refit does

@@ -16,7 +16,7 @@ from balcap_mega.config.schema import DataConfig
 from balcap_mega.data.files import ImageFileDataset, ImageRow
 from balcap_mega.data.images import MOST_PIXELS, DaliDecoder, PilDecoder
 from balcap_mega.data.jsonl import as_line, read_jsonl
-from balcap_mega.data.sampler import PromptSampler
+from balcap_mega.data.sampler import RecordSampler
 from balcap_mega.data.sharegpt4v import read_sharegpt4v
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.errors import UserError
@@ -240,7 +240,7 @@ def test_a_run_gets_its_datasets_by_name():
 
 
 def test_each_epoch_shows_every_record_once_in_a_new_order():
-    sampler = PromptSampler(size=10, seed=3, batch_size=4)
+    sampler = RecordSampler(size=10, seed=3, batch_size=4)
     stream = [index for step in range(10) for index in sampler.indices(step)]
     epochs = [stream[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -248,18 +248,18 @@ def test_each_epoch_shows_every_record_once_in_a_new_order():
 
 
 def test_the_stream_is_a_function_of_the_seed_alone():
-    stream = lambda seed, batch, steps: [i for s in range(steps) for i in PromptSampler(7, seed, batch).indices(s)]  # noqa: E731
+    stream = lambda seed, batch, steps: [i for s in range(steps) for i in RecordSampler(7, seed, batch).indices(s)]  # noqa: E731
     assert stream(0, 4, 6) == stream(0, 6, 4) == stream(0, 24, 1)
     assert stream(0, 4, 6) != stream(1, 4, 6)
     # Frozen: a resumed run must go on with the same records, whatever version of NumPy it finds.
-    assert PromptSampler(10, 0, 10).indices(0) == FROZEN
+    assert RecordSampler(10, 0, 10).indices(0) == FROZEN
 
 
 FROZEN = [6, 1, 0, 5, 3, 8, 7, 9, 2, 4]
 
 
 def test_ranks_share_a_batch():
-    sampler = PromptSampler(size=10, seed=0, batch_size=6)
+    sampler = RecordSampler(size=10, seed=0, batch_size=6)
     for step in (0, 1, 17):
         shares = [sampler.shard(step, rank, 3) for rank in range(3)]
         assert [index for share in shares for index in share] == sampler.indices(step)

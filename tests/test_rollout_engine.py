@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.errors import UserError
-from balcap_mega.rollout.engine import Prompt, RolloutEngine, request_seed
+from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest, request_seed
 from tests.support.distributed import launch
 from tests.support.rollout_cases import largest_difference, make_prompts, reference_logits
 
@@ -80,7 +80,7 @@ def check_one_rank(folders):
             engine.sample(prompts, step=5, on_finished=lambda *_, engine=engine: engine.reset_caches())
         engine.reset_caches()
 
-        huge = Prompt(1, replace(prompts[0].record, image=prompts[0].record.image.resize((1400, 1400))))
+        huge = RolloutRequest(1, replace(prompts[0].record, image=prompts[0].record.image.resize((1400, 1400))))
         if folder.name.startswith("qwen"):  # LLaVA scales every image to one size
             with pytest.raises(UserError, match=r"record 1 does not fit rollout\.max_model_len=512"):
                 engine.sample([prompts[1], huge], step=5)

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 
 
-class PromptSampler:
+class RecordSampler:
     """Shuffled epochs cut into batches, without state: step t's batch is a pure function of (seed, t).
 
     A run resumes by asking for the next step, and every data-parallel rank computes every other rank's share. The

@@ -8,7 +8,7 @@ import torch
 from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.data.records import CaptionRecord, refuse_placeholders
 from balcap_mega.evaluation.session import read_picture
-from balcap_mega.rollout.engine import Prompt, RolloutEngine
+from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest
 
 AT_ONCE = 128  # images handed to the engine together, and captions lost at most by an interruption
 
@@ -29,7 +29,7 @@ def caption_images(
     for start in range(0, len(keys), AT_ONCE):
         batch = keys[start : start + AT_ONCE]
         records = [_record(images[key], prompt) for key in batch]
-        groups = engine.greedy([Prompt(place, record) for place, record in enumerate(records)])
+        groups = engine.greedy([RolloutRequest(place, record) for place, record in enumerate(records)])
         yield {batch[group.record_index]: group.rollouts[0].text.strip() for group in groups}
 
 

@@ -20,8 +20,8 @@ HOST_BLOCK_BYTES = 2**28
 """PyTorch rounds pinned allocations up to a power of two: this is one, so nothing is lost to it."""
 
 
-def takes_turns(config: ParallelConfig, platform: Platform) -> bool:
-    """Whether engine and learner take turns in the device's memory, as `parallel.offload` says."""
+def shares_device(config: ParallelConfig, platform: Platform) -> bool:
+    """Whether engine and learner use the device's memory one after the other, as `parallel.offload` says."""
     return platform.is_cuda if config.offload == "auto" else config.offload == "always"
 
 

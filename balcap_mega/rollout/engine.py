@@ -30,7 +30,7 @@ OnFinished = Callable[[int, int, Rollout], None]
 
 
 @dataclass(frozen=True)
-class Prompt:
+class RolloutRequest:
     """A record to caption, with its index in its dataset."""
 
     record_index: int
@@ -88,30 +88,32 @@ class RolloutEngine:
         self.llm.apply_model(self._temper)
 
     def sample(
-        self, prompts: Sequence[Prompt], *, step: int, on_finished: OnFinished | None = None
+        self, requests: Sequence[RolloutRequest], *, step: int, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
-        """`group_size` captions of each prompt, in the prompts' order.
+        """`group_size` captions of each request, in the requests' order.
 
         Drawn from (run seed, step, record index, rollout number) alone: a resumed run draws the same ones. Raises
         TimeoutError, naming what it waited for, after `timeout_seconds`.
         """
         return self._generate(
-            prompts,
-            lambda prompt: self._sampling_params(
+            requests,
+            lambda request: self._sampling_params(
                 temperature=1.0,
                 top_p=self.config.top_p,
-                seed=request_seed(self.seed, step, prompt.record_index),
+                seed=request_seed(self.seed, step, request.record_index),
             ),
             self.config.group_size,
             on_finished,
         )
 
-    def greedy(self, prompts: Sequence[Prompt], *, on_finished: OnFinished | None = None) -> list[RolloutGroup]:
+    def greedy(
+        self, requests: Sequence[RolloutRequest], *, on_finished: OnFinished | None = None
+    ) -> list[RolloutGroup]:
         """The most likely next token each time, for evaluation: groups of one caption.
 
         It leaves nothing behind in the engine's caches: the next captions come out bit for bit as without it.
         """
-        groups = self._generate(prompts, lambda prompt: self._sampling_params(temperature=0.0), 1, on_finished)
+        groups = self._generate(requests, lambda request: self._sampling_params(temperature=0.0), 1, on_finished)
         self.reset_caches()
         return groups
 
@@ -159,22 +161,22 @@ class RolloutEngine:
         )
 
     def _generate(
-        self, prompts: Sequence[Prompt], params: Callable, count: int, on_finished: OnFinished | None
+        self, requests: Sequence[RolloutRequest], params: Callable, count: int, on_finished: OnFinished | None
     ) -> list[RolloutGroup]:
-        """`count` captions of each prompt, under the vLLM sampling parameters `params(prompt)`."""
+        """`count` captions of each request, under the vLLM sampling parameters `params(request)`."""
         deadline = time.monotonic() + self.config.timeout_seconds
-        captions: list[dict[int, Rollout]] = [{} for _ in prompts]
-        prompt_token_ids: list[tuple[int, ...]] = [()] * len(prompts)
-        requests: list[str] = []
+        captions: list[dict[int, Rollout]] = [{} for _ in requests]
+        prompt_token_ids: list[tuple[int, ...]] = [()] * len(requests)
+        request_ids: list[str] = []
         with process_state_kept(self.device):
             try:
-                for place, prompt in enumerate(prompts):
-                    sampling = params(prompt)
+                for place, request in enumerate(requests):
+                    sampling = params(request)
                     sampling.n = count
-                    requests.append(self._submit(str(place), prompt, sampling))
+                    request_ids.append(self._submit(str(place), request, sampling))
                 while self.llm.has_unfinished_requests():
                     if time.monotonic() > deadline:
-                        raise TimeoutError(self._waited_for(prompts, captions, count))
+                        raise TimeoutError(self._waited_for(requests, captions, count))
                     for output in self.llm.step():
                         place = int(output.request_id)
                         prompt_token_ids[place] = tuple(output.prompt_token_ids)
@@ -183,13 +185,13 @@ class RolloutEngine:
                                 continue
                             rollout = captions[place][completion.index] = self._rollout(completion)
                             if on_finished is not None:
-                                on_finished(prompts[place].record_index, completion.index, rollout)
+                                on_finished(requests[place].record_index, completion.index, rollout)
             except BaseException:
-                self.llm.abort_request(requests, internal=True)
+                self.llm.abort_request(request_ids, internal=True)
                 raise
         return [
-            RolloutGroup(prompt.record_index, token_ids, tuple(group[number] for number in range(count)))
-            for prompt, token_ids, group in zip(prompts, prompt_token_ids, captions, strict=True)
+            RolloutGroup(request.record_index, token_ids, tuple(group[number] for number in range(count)))
+            for request, token_ids, group in zip(requests, prompt_token_ids, captions, strict=True)
         ]
 
     def _rollout(self, completion) -> Rollout:
@@ -197,24 +199,27 @@ class RolloutEngine:
         finished = completion.finish_reason == "stop"
         return Rollout(token_ids, logprobs, self.processor.decode_caption(token_ids), finished)
 
-    def _submit(self, name: str, prompt: Prompt, sampling) -> str:
-        """Hand one prompt to vLLM, which processes its image here and refuses one that leaves no room for a caption."""
+    def _submit(self, name: str, request: RolloutRequest, sampling) -> str:
+        """Hand one request to vLLM. It processes the image here, and refuses one that leaves no room for a caption."""
         try:
-            return self.llm.add_request(name, self.processor.engine_prompt(prompt.record), sampling)
+            return self.llm.add_request(name, self.processor.engine_prompt(request.record), sampling)
         except self._vllm.exceptions.VLLMValidationError as error:
             raise UserError(
-                f"record {prompt.record_index} does not fit rollout.max_model_len={self.config.max_model_len}: {error}",
+                f"record {request.record_index} does not fit "
+                f"rollout.max_model_len={self.config.max_model_len}: {error}",
                 remedy="raise rollout.max_model_len or lower data.max_pixels",
             ) from error
 
-    def _waited_for(self, prompts: Sequence[Prompt], captions: Sequence[dict[int, Rollout]], count: int) -> str:
+    def _waited_for(
+        self, requests: Sequence[RolloutRequest], captions: Sequence[dict[int, Rollout]], count: int
+    ) -> str:
         waiting = [
-            str(prompt.record_index) for prompt, group in zip(prompts, captions, strict=True) if len(group) < count
+            str(request.record_index) for request, group in zip(requests, captions, strict=True) if len(group) < count
         ]
         shown = ", ".join(waiting[:8]) + (", ..." if len(waiting) > 8 else "")
         return (
             f"rollout.timeout_seconds={self.config.timeout_seconds} passed with {sum(map(len, captions))} of "
-            f"{count * len(prompts)} captions finished; still waiting for {len(waiting)} records ({shown})"
+            f"{count * len(requests)} captions finished; still waiting for {len(waiting)} records ({shown})"
         )
 
 

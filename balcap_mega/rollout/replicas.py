@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-Prompt = TypeVar("Prompt")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -27,13 +27,13 @@ class Replica:
         return cls(rank // tensor_parallel, world // tensor_parallel, rank % tensor_parallel)
 
     @property
-    def leads(self) -> bool:
-        """One rank of each replica speaks for it: judges its captions, and contributes to `gather`."""
+    def is_leader(self) -> bool:
+        """Whether this rank acts for its replica: it judges the replica's captions and contributes to `gather`."""
         return self.tensor_rank == 0
 
-    def shard(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def shard(self, items: Sequence[Item]) -> list[Item]:
         """This replica's share: every `count`-th prompt, so that neighbours of like length spread over replicas."""
-        return list(prompts[self.index :: self.count])
+        return list(items[self.index :: self.count])
 
     def gather(self, mine: Sequence[Result]) -> list[Result]:
         """What all replicas made of a step's prompts, in the prompts' order, on every rank. A collective.
@@ -44,7 +44,7 @@ class Replica:
         if not torch.distributed.is_initialized():
             return list(mine)
         shares: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shares, list(mine) if self.leads else None)
+        torch.distributed.all_gather_object(shares, list(mine) if self.is_leader else None)
         by_replica = [share for share in shares if share is not None]
         total = sum(map(len, by_replica))
         return [by_replica[place % self.count][place // self.count] for place in range(total)]

@@ -15,7 +15,7 @@ from balcap_mega.models.processing import ProcessedPrompt, PromptProcessor
 from balcap_mega.packing.assign import GroupLengths, RowAssignment, assign_rows
 from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.parallel.groups import ModelLayout
-from balcap_mega.rollout.engine import Prompt
+from balcap_mega.rollout.engine import RolloutRequest
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import RolloutGroup
 from balcap_mega.training.microbatch import Microbatch, SequenceValues
@@ -39,9 +39,9 @@ class Prompts(Mapping[int, CaptionRecord]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def of(self, replica: Replica) -> list[Prompt]:
+    def of(self, replica: Replica) -> list[RolloutRequest]:
         """The share of them that an engine generates."""
-        return [Prompt(index, self[index]) for index in replica.shard(self.indices)]
+        return [RolloutRequest(index, self[index]) for index in replica.shard(self.indices)]
 
 
 @dataclass(frozen=True)

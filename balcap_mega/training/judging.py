@@ -31,7 +31,7 @@ def patience(config: RewardConfig) -> float:
 class Judging:
     """The judgements of one round of captions, by record and by number within the record's group.
 
-    judge:  None on ranks that have no say (`Replica.leads`): there nothing is judged, and nothing is returned
+    judge:  None on ranks that have no say (`Replica.is_leader`): there nothing is judged, and nothing is returned
     length: of a text, in the unit of the length gate
     timeout_seconds: the longest wait for one judgement after generation has ended
     """

@@ -19,7 +19,7 @@ from balcap_mega.models.huggingface.files import check_checkpoint
 from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
-from balcap_mega.parallel.offload import OptimizerOffload, takes_turns
+from balcap_mega.parallel.offload import OptimizerOffload, shares_device
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.parallel.progress import progress
 from balcap_mega.parallel.schedule import run_schedule
@@ -85,7 +85,7 @@ class Learner:
             self.model = wrap_ddp(self.policy, parallel)
             self.optimizer = build_optimizer(self.model, optimizer, parallel)
         self.optimizer_offload = OptimizerOffload(self.model, self.optimizer, platform.device)
-        self.takes_turns = takes_turns(parallel, platform)
+        self.shares_device = shares_device(parallel, platform)
         self.reference = self._copy_of_weights() if algorithm.kl_weight > 0 else None
 
     def logprobs(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
@@ -135,7 +135,7 @@ class Learner:
         Until `onload` the weights can be read and scored with, but not updated, saved or loaded. Nothing where
         `parallel.offload` says never, or when it is done already.
         """
-        if self.takes_turns:
+        if self.shares_device:
             with self.platform.megatron():
                 self.optimizer_offload.offload()
 

@@ -11,7 +11,7 @@ from balcap_mega.config.load import dump_config
 from balcap_mega.config.preflight import preflight
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
-from balcap_mega.data.sampler import PromptSampler
+from balcap_mega.data.sampler import RecordSampler
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.models.processing import PromptProcessor
@@ -177,13 +177,13 @@ def build_trainer(
         device=platform.device,
         dtype=platform.dtype(config.model.dtype),
         seed=config.seed,
-        sleeps=learner.takes_turns,
+        sleeps=learner.shares_device,
     )
     processor = PromptProcessor(start)
     return Trainer(
         config=config,
         dataset=dataset,
-        sampler=PromptSampler(len(dataset), config.seed, config.rollout.prompts_per_step),
+        sampler=RecordSampler(len(dataset), config.seed, config.rollout.prompts_per_step),
         length=count_words if config.algorithm.gate.unit == "words" else processor.count_tokens,
         judge=build_judge(config.rewards),
         engine=engine,

@@ -8,7 +8,7 @@ from functools import partial
 from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
-from balcap_mega.data.sampler import PromptSampler
+from balcap_mega.data.sampler import RecordSampler
 from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.parallel.progress import progress
 from balcap_mega.rewards.collect import build_reward_batch
@@ -35,7 +35,7 @@ class Trainer:
 
     config: RunConfig
     dataset: CaptionDataset
-    sampler: PromptSampler
+    sampler: RecordSampler
     length: Callable[[str], float]
     judge: Judge
     engine: RolloutEngine
@@ -56,7 +56,7 @@ class Trainer:
         phase = PhaseTimer(self.learner.platform.device, number)
         with phase("data"):
             prompts = Prompts(self.dataset, self.sampler.indices(number))
-            judge = self.judge if self.replica.leads else None
+            judge = self.judge if self.replica.is_leader else None
             judging = Judging(judge, prompts, self.length, patience(self.config.rewards))
         with phase("rollout"):
             mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)

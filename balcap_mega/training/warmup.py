@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from balcap_mega.config.schema import WarmupConfig
 from balcap_mega.data.records import CaptionDataset, CaptionRecord
-from balcap_mega.data.sampler import PromptSampler
+from balcap_mega.data.sampler import RecordSampler
 from balcap_mega.training.batches import BatchBuilder
 from balcap_mega.training.learner import Learner, UpdateResult
 
@@ -39,7 +39,7 @@ def warm_up(
 
     `target(record, step)` is the caption to imitate, which need not be the reference.
     """
-    sampler, layout = PromptSampler(len(dataset), seed, config.batch_size), batches.layout
+    sampler, layout = RecordSampler(len(dataset), seed, config.batch_size), batches.layout
     for step in range(config.steps):
         records = [dataset[index] for index in sampler.shard(step, layout.data_rank, layout.data_size)]
         microbatches = batches.supervised(records, [target(record, step) for record in records])

@@ -7,24 +7,24 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from balcap_mega.data.records import CaptionRecord
-from balcap_mega.rollout.engine import Prompt, RolloutEngine
+from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest
 from balcap_mega.rollout.rollouts import RolloutGroup
 
 SIZES = [(112, 140), (84, 84), (140, 112), (56, 168), (112, 112), (84, 112)]
 
 
-def make_prompts(count: int) -> list[Prompt]:
+def make_prompts(count: int) -> list[RolloutRequest]:
     """Random pictures of several sizes; record indices that are no positions."""
     random = np.random.default_rng(0)
     pictures = [Image.fromarray(random.integers(0, 255, (*SIZES[n % len(SIZES)], 3), np.uint8)) for n in range(count)]
     return [
-        Prompt(100 + 7 * n, CaptionRecord(str(n), picture, "Describe the shapes.", ""))
+        RolloutRequest(100 + 7 * n, CaptionRecord(str(n), picture, "Describe the shapes.", ""))
         for n, picture in enumerate(pictures)
     ]
 
 
 @torch.no_grad()
-def reference_logits(model, folder, engine: RolloutEngine, prompt: Prompt, group: RolloutGroup) -> list[Tensor]:
+def reference_logits(model, folder, engine: RolloutEngine, prompt: RolloutRequest, group: RolloutGroup) -> list[Tensor]:
     """transformers' [R, V] logits that predict each of the group's captions. The prompt's tokens must be the same."""
     text = engine.processor.prompt_text(prompt.record.prompt)
     processor = AutoProcessor.from_pretrained(folder)
@@ -42,7 +42,7 @@ def reference_logits(model, folder, engine: RolloutEngine, prompt: Prompt, group
 
 
 def largest_difference(
-    model, folder, engine: RolloutEngine, prompts: list[Prompt], groups: list[RolloutGroup]
+    model, folder, engine: RolloutEngine, prompts: list[RolloutRequest], groups: list[RolloutGroup]
 ) -> float:
     """Between the engine's logprobs and those of softmax(logits / temperature) by transformers, over all tokens."""
     worst = 0.0
