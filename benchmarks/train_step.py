@@ -46,7 +46,7 @@ from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.groups import current_layout, initialize_parallel
 from balcap_mega.parallel.platform import Platform
-from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
+from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
 from balcap_mega.training.batches import BatchBuilder, Prompts
 from balcap_mega.training.learner import Learner
 from balcap_mega.training.microbatch import Microbatch
@@ -85,7 +85,12 @@ def random_rollouts(
         return Rollout(tuple(tokens), (-5.0,) * caption_tokens, text="", finished=True)
 
     return [
-        RolloutGroup(index, processor(record).prompt_token_ids, tuple(caption() for _ in range(group)))
+        RolloutGroup(
+            index,
+            processor(record).prompt_token_ids,
+            tuple(caption() for _ in range(group)),
+            SeenRecord.of(index, record),
+        )
         for index, record in enumerate(examples)
     ]
 
@@ -205,7 +210,7 @@ def run_step(folder: Path, images: int, group: int, caption_tokens: int, repeats
     platform = Platform.resolve("auto")
     engine = RolloutEngine(folder, config, device=platform.device, dtype=torch.float32, seed=0)
     engine.processor.banned_token_ids += engine.processor.eos_token_ids  # every caption runs to its limit
-    prompts = [RolloutRequest(index, record) for index, record in enumerate(examples)]
+    prompts = [RolloutRequest(index, record, index) for index, record in enumerate(examples)]
     generation = []
     for step in range(repeats + 1):
         engine.reset_caches()  # as a refit does

@@ -100,7 +100,7 @@ class Parts:
         groups = self.engine.sample(self.prompts, step=0)
         scores = [[CaptionScore(0.1 * n, 0.5, 0.5, 1.0, 1.0) for n in range(len(group.rollouts))] for group in groups]
         advantages = compute_advantages(build_reward_batch(scores), AlgorithmConfig())
-        records = Prompts({prompt.record_index: prompt.record for prompt in self.prompts}, ())
+        records = Prompts([prompt.record for prompt in self.prompts], range(len(self.prompts)))
         [microbatches] = self.batches.from_rollouts(records, groups, advantages, 1).minibatches
         return self.learner.update(microbatches, lambda result: health.accepts(step, result))
 

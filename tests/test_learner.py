@@ -12,7 +12,7 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
-from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
+from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
 from balcap_mega.training.batches import Prompts, batch_builder
 from balcap_mega.training.learner import Learner
 from balcap_mega.training.microbatch import with_old_logprobs, with_reference_logprobs
@@ -43,7 +43,7 @@ def make_batch(folder, learner, layout, updates=1, fp8="none"):
     for number, record in enumerate(records):
         tokens = [processor.encode_caption(text) for text in CAPTIONS[2 * number : 2 * number + 2]]
         rollouts = tuple(Rollout(ids, (-6.0,) * len(ids), "", True) for ids in tokens)
-        groups.append(RolloutGroup(number, processor(record).prompt_token_ids, rollouts))
+        groups.append(RolloutGroup(number, processor(record).prompt_token_ids, rollouts, SeenRecord.of(number, record)))
     values = torch.tensor([1.0, -1.0, 0.5, -0.5])
     advantages = Advantages(values, values[None], torch.zeros(4, dtype=torch.bool))
     config = RunConfig(output_dir="unused", model={"path": str(folder), "fp8": fp8}, packing={"row_tokens": 256})

@@ -47,7 +47,7 @@ def caption_between_updates(folder):
     """Greedy captions before and after Megatron updates in the same process; and `torch` as vLLM finds it each time."""
     from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest
 
-    prompts = [RolloutRequest(index, ScenesDataset(2, seed=0, split="train")[index]) for index in range(2)]
+    prompts = [RolloutRequest(index, ScenesDataset(2, seed=0, split="train")[index], index) for index in range(2)]
     rollout = RolloutConfig(max_tokens=16, max_model_len=512)
     engine = RolloutEngine(folder, rollout, device=CPU.device, dtype=torch.float32, seed=0)
     before, captions = torch_as_seen(), engine.greedy(prompts)

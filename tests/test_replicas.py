@@ -3,7 +3,7 @@
 import pytest
 
 from balcap_mega.rollout.replicas import Replica
-from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
+from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
 from tests.support.distributed import launch
 
 
@@ -11,8 +11,9 @@ def exchange_rollouts(tensor_parallel):
     replica = Replica.current(tensor_parallel)
     gathered = []
     for prompts in (range(7), range(1)):
-        mine = [RolloutGroup(n, (n,), (Rollout((n,), (-0.5,), str(n), True),)) for n in replica.shard(prompts)]
-        gathered.append([group.record_index for group in replica.gather(mine)])
+        rollouts = {n: (Rollout((n,), (-0.5,), str(n), True),) for n in prompts}
+        mine = [RolloutGroup(n, (n,), rollouts[n], SeenRecord(n, "", "", "")) for n in replica.shard(prompts)]
+        gathered.append([group.place for group in replica.gather(mine)])
     return gathered
 
 

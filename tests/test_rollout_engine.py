@@ -38,13 +38,13 @@ def check_one_rank(folders):
 
         finished, busy = {}, []
 
-        def on_finished(record_index, number, rollout, engine=engine, finished=finished, busy=busy):
-            finished[record_index, number] = rollout
+        def on_finished(place, number, rollout, engine=engine, finished=finished, busy=busy):
+            finished[place, number] = rollout
             busy.append(engine.llm.has_unfinished_requests())
 
         groups = engine.sample(prompts, step=5, on_finished=on_finished)
         assert largest_difference(model, folder, engine, prompts, groups) < TOLERANCE
-        assert finished == {(g.record_index, n): r for g in groups for n, r in enumerate(g.rollouts)}
+        assert finished == {(g.place, n): r for g in groups for n, r in enumerate(g.rollouts)}
         assert len(finished) == 40 and any(busy)  # captions are handed out while others still generate
 
         # Seeds: the same again, also in other company; another step, another draw; members differ.
@@ -80,7 +80,7 @@ def check_one_rank(folders):
             engine.sample(prompts, step=5, on_finished=lambda *_, engine=engine: engine.reset_caches())
         engine.reset_caches()
 
-        huge = RolloutRequest(1, replace(prompts[0].record, image=prompts[0].record.image.resize((1400, 1400))))
+        huge = RolloutRequest(1, replace(prompts[0].record, image=prompts[0].record.image.resize((1400, 1400))), 1)
         if folder.name.startswith("qwen"):  # LLaVA scales every image to one size
             with pytest.raises(UserError, match=r"record 1 does not fit rollout\.max_model_len=512"):
                 engine.sample([prompts[1], huge], step=5)

@@ -1,6 +1,8 @@
 """What a dataset yields: one image, the prompt asked about it, and the caption it is compared with."""
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from PIL import Image
@@ -24,6 +26,12 @@ class CaptionRecord:
     prompt: str
     reference: str
     units: tuple[str, ...] | None = None
+
+    @cached_property
+    def pixels(self) -> str:
+        """A digest of the picture as RGB, size included: alike where two hosts decoded the same pixels."""
+        image = self.image.convert("RGB")
+        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 
 class CaptionDataset(Protocol):

@@ -15,6 +15,7 @@ from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.diagnostics import collectives, gpus, host, inputs, pins, software
 from balcap_mega.diagnostics.finding import Finding, check
+from balcap_mega.parallel.host import node_name
 from balcap_mega.parallel.platform import Platform
 
 COLLECTIVE_SECONDS = 60.0
@@ -130,7 +131,7 @@ def check_run(config: RunConfig, platform: Platform, job: Job) -> Iterator[Findi
 
 def exchange(own: list[Finding], job: Job) -> Iterator[Finding]:
     """Hand this node's findings to rank 0, which yields those of the other nodes that are not ok."""
-    job.store.set(f"findings/{job.node}", json.dumps([collectives.node_name(), [asdict(finding) for finding in own]]))
+    job.store.set(f"findings/{job.node}", json.dumps([node_name(), [asdict(finding) for finding in own]]))
     if job.rank:
         return
     for number in range(1, job.nodes):

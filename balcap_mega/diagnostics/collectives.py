@@ -8,7 +8,6 @@ Under torchrun these are the job's own ranks, over all its nodes. Otherwise `mea
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import torch.distributed as dist
 
 from balcap_mega.diagnostics.finding import Finding, fail, ok, some, warn
 from balcap_mega.errors import UserError
+from balcap_mega.parallel.host import node_name
 from balcap_mega.parallel.platform import Platform
 
 REPEATS = 5  # the best one counts: what else runs on the machine is not what is asked about
@@ -57,10 +57,6 @@ class Sizes:
     @classmethod
     def on(cls, platform: Platform) -> "Sizes":
         return cls(8192, 2**26) if platform.is_cuda else cls(512, 2**20)
-
-
-def node_name() -> str:
-    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
 
 def measure(platform: Platform, store: dist.Store, rank: int, world: int, timeout: float) -> list[RankTiming]:

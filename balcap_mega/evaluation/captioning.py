@@ -29,8 +29,8 @@ def caption_images(
     for start in range(0, len(keys), AT_ONCE):
         batch = keys[start : start + AT_ONCE]
         records = [_record(images[key], prompt) for key in batch]
-        groups = engine.greedy([RolloutRequest(place, record) for place, record in enumerate(records)])
-        yield {batch[group.record_index]: group.rollouts[0].text.strip() for group in groups}
+        groups = engine.greedy([RolloutRequest(place, record, place) for place, record in enumerate(records)])
+        yield {batch[group.place]: group.rollouts[0].text.strip() for group in groups}
 
 
 def _record(path: Path, prompt: str) -> CaptionRecord:

@@ -14,7 +14,7 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.processing import PromptProcessor
-from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
+from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
 from balcap_mega.rollout.vllm_runtime import import_vllm, process_state_kept
 
 CPU_KV_CACHE_BYTES = 2**30
@@ -26,15 +26,22 @@ WEIGHT_TRANSFER = ("balcap_mega", "balcap_mega.rollout.refit.weight_transfer", "
 REFIT_WORKER = "balcap_mega.rollout.refit.weight_transfer.RefitWorker"
 
 OnFinished = Callable[[int, int, Rollout], None]
-"""(record index, rollout number, rollout), called as soon as one caption is finished, while others still generate."""
+"""(the prompt's place, rollout number, rollout), called as soon as one caption is finished, while others generate."""
 
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """A record to caption, with its index in its dataset."""
+    """A record to caption.
 
-    record_index: int
+    place:        in its step, or among all that are captioned together
+    record_index: in its dataset
+    repeat:       how many earlier places of the step have the same record
+    """
+
+    place: int
     record: CaptionRecord
+    record_index: int
+    repeat: int = 0
 
 
 class RolloutEngine:
@@ -92,15 +99,16 @@ class RolloutEngine:
     ) -> list[RolloutGroup]:
         """`group_size` captions of each request, in the requests' order.
 
-        Drawn from (run seed, step, record index, rollout number) alone: a resumed run draws the same ones. Raises
-        TimeoutError, naming what it waited for, after `timeout_seconds`.
+        Drawn from (run seed, step, record index, repeat, rollout number) alone: a resumed run draws the same ones, and
+        a record that a step has twice gets other captions the second time. Raises TimeoutError, naming what it waited
+        for, after `timeout_seconds`.
         """
         return self._generate(
             requests,
             lambda request: self._sampling_params(
                 temperature=1.0,
                 top_p=self.config.top_p,
-                seed=request_seed(self.seed, step, request.record_index),
+                seed=request_seed(self.seed, step, request.record_index, request.repeat),
             ),
             self.config.group_size,
             on_finished,
@@ -185,12 +193,17 @@ class RolloutEngine:
                                 continue
                             rollout = captions[place][completion.index] = self._rollout(completion)
                             if on_finished is not None:
-                                on_finished(requests[place].record_index, completion.index, rollout)
+                                on_finished(requests[place].place, completion.index, rollout)
             except BaseException:
                 self.llm.abort_request(request_ids, internal=True)
                 raise
         return [
-            RolloutGroup(request.record_index, token_ids, tuple(group[number] for number in range(count)))
+            RolloutGroup(
+                request.place,
+                token_ids,
+                tuple(group[number] for number in range(count)),
+                SeenRecord.of(request.record_index, request.record),
+            )
             for request, token_ids, group in zip(requests, prompt_token_ids, captions, strict=True)
         ]
 
@@ -288,7 +301,8 @@ def _register_weight_transfer() -> None:
         WeightTransferEngineFactory.register_engine(*WEIGHT_TRANSFER)
 
 
-def request_seed(seed: int, step: int, record_index: int) -> int:
+def request_seed(seed: int, step: int, record_index: int, repeat: int = 0) -> int:
     """A 62-bit seed for one prompt of one step; vLLM adds the rollout's number to it."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{record_index}".encode(), digest_size=8).digest()
+    name = f"{seed}/{step}/{record_index}" + (f"/{repeat}" if repeat else "")
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from balcap_mega.data.records import CaptionRecord
+from balcap_mega.errors import UserError
+from balcap_mega.parallel.host import this_rank
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -20,9 +24,41 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class RolloutGroup:
-    """The G rollouts of one prompt. `record_index` finds the record in its dataset, on whatever rank."""
+class SeenRecord:
+    """Which record a rank has loaded, so that ranks can tell whether they mean the same one.
 
-    record_index: int
+    index:  finds it in its dataset, on whatever rank
+    id:     `CaptionRecord.id`; a dataset that replaced a corrupt picture gives another record's
+    pixels: `CaptionRecord.pixels`
+    by:     the rank and its host
+    """
+
+    index: int
+    id: str
+    pixels: str
+    by: str
+
+    @classmethod
+    def of(cls, index: int, record: CaptionRecord) -> "SeenRecord":
+        return cls(index, record.id, record.pixels, this_rank())
+
+    def refuse_unlike(self, other: "SeenRecord") -> None:
+        """Raise UserError, naming both hosts, unless `other` is the same record with the same pixels."""
+        if self.id == other.id and self.pixels == other.pixels:
+            return
+        same = self.id == other.id
+        what = f"{self.id!r} with other pixels" if same else f"{self.id!r} here and {other.id!r} there"
+        raise UserError(
+            f"{self.by} and {other.by} do not load the same data: record {self.index} is {what}",
+            remedy="give both hosts the same data.path and data.image_root (torchrun launch/doctor.py compares them)",
+        )
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G rollouts of the prompt at `place` in its step, and the record that the engine saw."""
+
+    place: int
     prompt_token_ids: tuple[int, ...]  # image tokens expanded, exactly as the engine saw them
     rollouts: tuple[Rollout, ...]
+    seen: SeenRecord

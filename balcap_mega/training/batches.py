@@ -1,6 +1,7 @@
 """From token ids to microbatches: every rank assigns the step's captions to rows alike, then builds its own rows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,31 +18,35 @@ from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.parallel.groups import ModelLayout
 from balcap_mega.rollout.engine import RolloutRequest
 from balcap_mega.rollout.replicas import Replica
-from balcap_mega.rollout.rollouts import RolloutGroup
+from balcap_mega.rollout.rollouts import RolloutGroup, SeenRecord
 from balcap_mega.training.microbatch import Microbatch, SequenceValues
 
 
-class Prompts(Mapping[int, CaptionRecord]):
-    """The records of a step by their index, each read when first asked for, once on this rank."""
+class Prompts(Sequence[CaptionRecord]):
+    """The records of a step by their place in it, each read when first asked for, once on this rank."""
 
     def __init__(self, dataset: CaptionDataset, indices: Sequence[int]):
         self.dataset, self.indices = dataset, tuple(indices)
         self._records: dict[int, CaptionRecord] = {}
 
-    def __getitem__(self, index: int) -> CaptionRecord:
+    def __getitem__(self, place: int) -> CaptionRecord:
+        index = self.indices[place]
         if index not in self._records:
             self._records[index] = self.dataset[index]
         return self._records[index]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def of(self, replica: Replica) -> list[RolloutRequest]:
         """The share of them that an engine generates."""
-        return [RolloutRequest(index, self[index]) for index in replica.shard(self.indices)]
+        earlier: Counter[int] = Counter()
+        repeats = []
+        for index in self.indices:
+            repeats.append(earlier[index])
+            earlier[index] += 1
+        places = replica.shard(range(len(self)))
+        return [RolloutRequest(place, self[place], self.indices[place], repeats[place]) for place in places]
 
 
 @dataclass(frozen=True)
@@ -76,18 +81,21 @@ class BatchBuilder:
     def from_rollouts(
         self, prompts: Prompts, groups: Sequence[RolloutGroup], advantages: Advantages, updates: int
     ) -> Batches:
-        """Split the step's P groups into `updates` minibatches of consecutive groups, and pack each."""
+        """Split the step's P groups into `updates` minibatches of consecutive groups, and pack each.
+
+        Raises UserError, naming both hosts, where this rank loads another record or other pixels than the engine saw.
+        """
         values = SequenceValues(advantages.values, [rollout.logprobs for group in groups for rollout in group.rollouts])
         captions = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
         prefixes = [len(group.prompt_token_ids) for group in groups]
 
         def process(number: int) -> ProcessedPrompt:
             group = groups[number]
-            prompt = self.processor(prompts[group.record_index])
+            record = prompts[group.place]
+            group.seen.refuse_unlike(SeenRecord.of(group.seen.index, record))
+            prompt = self.processor(record)
             if tuple(prompt.prompt_token_ids) != group.prompt_token_ids:
-                raise RuntimeError(
-                    f"record {group.record_index}: the engine and the trainer see different prompt tokens"
-                )
+                raise RuntimeError(f"{group.seen}: the engine and the trainer see different prompt tokens")
             return prompt
 
         bounds = [len(groups) * update // updates for update in range(updates + 1)]

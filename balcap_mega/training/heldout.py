@@ -64,7 +64,7 @@ def evaluate_held_out(
     """Caption the records greedily and judge each caption. A collective: the engines share the records out."""
     judging = Judging(judge if replica.is_leader else None, records, length, timeout_seconds)
     mine = [
-        HeldOutCaption(group.record_index, group.rollouts[0].text, judged.judgement, judged.score)
+        HeldOutCaption(group.seen.index, group.rollouts[0].text, judged.judgement, judged.score)
         for group, [judged] in judging.scored(engine.greedy(records.of(replica), on_finished=judging.submit))
     ]
     return HeldOutResult(tuple(replica.gather(mine)))

@@ -1,6 +1,6 @@
 """Judging that runs while generation does: a caption goes to the judge the moment it is finished."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -29,56 +29,54 @@ def patience(config: RewardConfig) -> float:
 
 
 class Judging:
-    """The judgements of one round of captions, by record and by number within the record's group.
+    """The judgements of one round of captions, by the request's place and by number within its group.
 
-    judge:  None on ranks that have no say (`Replica.is_leader`): there nothing is judged, and nothing is returned
-    length: of a text, in the unit of the length gate
+    judge:   None on ranks that have no say (`Replica.is_leader`): there nothing is judged, and nothing is returned
+    records: by place
+    length:  of a text, in the unit of the length gate
     timeout_seconds: the longest wait for one judgement after generation has ended
     """
 
     def __init__(
         self,
         judge: Judge | None,
-        records: Mapping[int, CaptionRecord],
+        records: Sequence[CaptionRecord],
         length: Callable[[str], float],
         timeout_seconds: float,
     ):
         self.judge, self.records, self.length, self.timeout_seconds = judge, records, length, timeout_seconds
         self._futures: dict[tuple[int, int], Future[Judgement]] = {}
 
-    def submit(self, record_index: int, number: int, rollout: Rollout) -> None:
+    def submit(self, place: int, number: int, rollout: Rollout) -> None:
         """Send one finished caption to the judge; returns at once."""
         progress.mark()
         if self.judge is not None:
-            self._futures[record_index, number] = self.judge.submit(self.records[record_index], rollout.text)
+            self._futures[place, number] = self.judge.submit(self.records[place], rollout.text)
 
     def scored(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, list[JudgedCaption]]]:
         """Wait for the judgements of these groups and put them beside their captions."""
         if self.judge is None:
             return []
         return [
-            (
-                group,
-                [self._judged(group.record_index, number, rollout) for number, rollout in enumerate(group.rollouts)],
-            )
+            (group, [self._judged(group.place, number, rollout) for number, rollout in enumerate(group.rollouts)])
             for group in groups
         ]
 
-    def _judged(self, record_index: int, number: int, rollout: Rollout) -> JudgedCaption:
-        judgement = self._wait(record_index, number)
+    def _judged(self, place: int, number: int, rollout: Rollout) -> JudgedCaption:
+        judgement = self._wait(place, number)
         progress.mark()
         score = CaptionScore(
             **judgement.components(),
             length=self.length(rollout.text),
-            reference_length=self.length(self.records[record_index].reference),
+            reference_length=self.length(self.records[place].reference),
         )
         return JudgedCaption(judgement, score)
 
-    def _wait(self, record_index: int, number: int) -> Judgement:
+    def _wait(self, place: int, number: int) -> Judgement:
         try:
-            return self._futures[record_index, number].result(timeout=self.timeout_seconds)
+            return self._futures[place, number].result(timeout=self.timeout_seconds)
         except TimeoutError:
-            record = self.records[record_index].id
+            record = self.records[place].id
             raise UserError(
                 f"the judge has not answered about caption {number} of {record} for {self.timeout_seconds:.0f} s",
                 remedy="check the judge endpoint, or raise rewards.endpoint.timeout_seconds",

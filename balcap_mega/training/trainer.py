@@ -70,6 +70,8 @@ class Trainer:
         with phase("advantages"):
             advantages = compute_advantages(rewards, self.config.algorithm)
         with phase("packing"):
+            for group in mine:  # each rank of an engine over several loads its own pictures
+                groups[group.place].seen.refuse_unlike(group.seen)
             batches = self.batches.from_rollouts(prompts, groups, advantages, self.config.optimizer.updates_per_step)
         self.stop.check(self.learner.platform.device)
         with phase("update"):

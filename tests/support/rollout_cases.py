@@ -18,7 +18,7 @@ def make_prompts(count: int) -> list[RolloutRequest]:
     random = np.random.default_rng(0)
     pictures = [Image.fromarray(random.integers(0, 255, (*SIZES[n % len(SIZES)], 3), np.uint8)) for n in range(count)]
     return [
-        RolloutRequest(100 + 7 * n, CaptionRecord(str(n), picture, "Describe the shapes.", ""))
+        RolloutRequest(n, CaptionRecord(str(n), picture, "Describe the shapes.", ""), record_index=100 + 7 * n)
         for n, picture in enumerate(pictures)
     ]
 
@@ -47,7 +47,7 @@ def largest_difference(
     """Between the engine's logprobs and those of softmax(logits / temperature) by transformers, over all tokens."""
     worst = 0.0
     for prompt, group in zip(prompts, groups, strict=True):
-        assert group.record_index == prompt.record_index
+        assert group.seen.index == prompt.record_index
         for rollout, logits in zip(group.rollouts, reference_logits(model, folder, engine, prompt, group), strict=True):
             expected = (logits / engine.config.temperature).log_softmax(-1)
             expected = expected.gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
