@@ -49,9 +49,9 @@ from balcap_mega.parallel.groups import current_layout, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.judge import Assertion, Judgement, Verdict
 from balcap_mega.rollout.refit import build_refit
+from balcap_mega.training.build import build_trainer
 from balcap_mega.training.folder import RunFolder
 from balcap_mega.training.guard.signals import StopRequest
-from balcap_mega.training.run import build_trainer
 from balcap_mega.training.trainer import Trainer
 
 BFLOAT16_PEAK = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}

@@ -46,7 +46,7 @@ def run_rows(policy, model, case: Case, *, forward_only: bool):
     vocab_size = policy.architecture.vocab_size
 
     def forward(stage, row):
-        return stage(
+        logits = stage(
             row.tokens[None],
             row.position_ids[:, None],
             row.segments,
@@ -55,13 +55,15 @@ def run_rows(policy, model, case: Case, *, forward_only: bool):
             case.images_of(row),
         )
 
-    def loss(row, logits):
-        total = torch.nn.functional.cross_entropy(logits, row.targets, reduction="sum")
-        count = torch.tensor(len(row.targets), dtype=torch.int)
-        return total, count, (row, logits.detach(), float(total))
+        def loss(logits):
+            total = torch.nn.functional.cross_entropy(logits, row.targets, reduction="sum")
+            count = torch.tensor(len(row.targets), dtype=torch.int)
+            return total, count, (row, logits.detach(), float(total))
+
+        return logits, loss
 
     rows = case.rows[layout.data_rank :: layout.data_size]
-    return run_schedule(model, rows, forward, loss, forward_only=forward_only)
+    return run_schedule(model, rows, forward, forward_only=forward_only)
 
 
 def largest_logit_difference(results, reference: dict[int, torch.Tensor]) -> float:

@@ -78,7 +78,7 @@ def step(model, architecture, groups, images, *, shared_prefix: bool, fused: boo
         shared_prefix=shared_prefix,
     )
     rows = [build_row(row, groups, pad_to=pad_to) for row in assignment.rows[layout.data_rank]]
-    logprobs, losses, counts = {}, [], {}
+    logprobs, losses = {}, []
 
     def forward(stage, row):
         def objective(hidden, weight):
@@ -91,10 +91,9 @@ def step(model, architecture, groups, images, *, shared_prefix: bool, fused: boo
             else:
                 loss = policy_loss(current, tokens, ALGORITHM, entropy=entropy)
             losses.append(float(loss.loss_sum.detach()))
-            counts[id(row)] = loss.normaliser.int()
-            return loss.loss_sum
+            return loss
 
-        return stage(
+        output = stage(
             row.tokens[None],
             row.position_ids[:, None],
             row.segments,
@@ -102,9 +101,10 @@ def step(model, architecture, groups, images, *, shared_prefix: bool, fused: boo
             objective,
             [images[prompt] for prompt in row.images],
         )
+        return output, lambda loss: (loss.loss_sum, loss.normaliser.int(), None)
 
     model.zero_grad_buffer()
-    run_schedule(model, rows, forward, lambda row, loss_sum: (loss_sum, counts[id(row)], None))
+    run_schedule(model, rows, forward)
     gradients = {name: p.main_grad.clone() for name, p in model.module.named_parameters() if p.requires_grad}
     total = torch.tensor(sum(losses), dtype=torch.float64)
     torch.distributed.all_reduce(total)  # tensor-parallel ranks count alike in all that is compared

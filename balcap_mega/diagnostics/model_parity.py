@@ -22,7 +22,7 @@ from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.packing.rows import PackedRow
 from balcap_mega.parallel.groups import initialize_parallel
 from balcap_mega.parallel.platform import Platform
-from balcap_mega.parallel.schedule import run_schedule
+from balcap_mega.parallel.schedule import Loss, run_schedule
 
 IMAGE_SIZES = ((224, 336), (448, 252))
 CAPTIONS = ("A red circle is to the left of a blue square.", "Two people walk along a river at dusk.")
@@ -105,8 +105,11 @@ def _policy_logits(policy: VisionLanguagePolicy, batch: _Batch, platform: Platfo
     def objective(hidden: Tensor, weight: Tensor) -> Tensor:
         return gather_from_tensor_model_parallel_region(hidden @ weight.t())[:, :vocab_size]
 
-    def forward(stage: VisionLanguagePolicy, row: PackedRow) -> Tensor:
-        return stage(
+    def keep(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return logits.sum(), torch.tensor(1, dtype=torch.int), logits.float()
+
+    def forward(stage: VisionLanguagePolicy, row: PackedRow) -> tuple[Tensor, Loss]:
+        output = stage(
             row.tokens[None].to(device),
             row.position_ids[:, None].to(device),
             row.segments,
@@ -114,13 +117,10 @@ def _policy_logits(policy: VisionLanguagePolicy, batch: _Batch, platform: Platfo
             objective,
             images,
         )
-
-    def keep(row: PackedRow, logits: Tensor):
-        return logits.sum(), torch.tensor(1, dtype=torch.int), logits.float()
+        return output, keep
 
     policy.eval()
-    with platform.megatron():
-        results = run_schedule(policy, [batch.row], forward, keep, forward_only=True)
+    results = run_schedule(policy, [batch.row], forward, forward_only=True)
     return results[0] if results else None
 
 

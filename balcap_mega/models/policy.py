@@ -23,6 +23,7 @@ queries, then the key, then the value; with fewer key/value heads than TP ranks 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,9 +46,9 @@ from balcap_mega.models.layer_specs import block_spec, transformer_engine_versio
 from balcap_mega.models.vision import VisionInputs, build_vision_tower, encode_images
 from balcap_mega.parallel.gradients import PARTIAL_OVER_TENSOR_PARALLEL
 from balcap_mega.parallel.groups import current_layout
-from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.platform import Platform, calls_megatron
 
-Objective = Callable[[Tensor, Tensor], Tensor]
+Objective = Callable[[Tensor, Tensor], Any]
 """(hidden [R, H], head weight [padded_vocab / TP, H]) -> whatever the last stage shall return.
 
 Its backward must give this rank's own part of d-hidden, that of its vocabulary slice: the policy sums over TP.
@@ -184,6 +185,7 @@ class VisionLanguagePolicy(MegatronModule):
         return self.language_model.shared_embedding_or_output_weight()
 
 
+@calls_megatron
 def build_policy(
     architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, platform: Platform
 ) -> VisionLanguagePolicy:
@@ -197,7 +199,7 @@ def build_policy(
         check_fp8_machine(model, platform.device)
     # Not for float32, which it multiplies as TF32, with ten bits of mantissa.
     transformer_engine = platform.is_cuda and model.dtype == "bfloat16" and transformer_engine_version() is not None
-    with platform.megatron(), torch.device(platform.device):
+    with torch.device(platform.device):
         policy = VisionLanguagePolicy(
             architecture,
             architecture.transformer_config(model, parallel, platform, **fp8_options(model)),

@@ -1,9 +1,14 @@
 """One answer on all ranks: what any of them saw, what all of them have done, what the first one found. Collectives."""
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed
+
+from balcap_mega.errors import UserError
 
 Value = TypeVar("Value")
 
@@ -23,6 +28,35 @@ def from_first_rank(value: Value) -> Value:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@contextmanager
+def failing_together(device: torch.device) -> Iterator[None]:
+    """What fails inside on one rank fails on all: there by its own error, elsewhere by a UserError that names the rank.
+
+    A collective at its end, through `device`. Inside, no rank may wait for another that could have failed.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if not any_rank(error is not None, device):
+        return
+    failures: list[tuple[str, str] | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, None if error is None else _described(error))
+    if error is not None:
+        raise error
+    problem, remedy = next(failure for failure in failures if failure is not None)
+    raise UserError(problem, remedy=remedy)
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """Problem and remedy, as the other ranks say them."""
+    where = f"rank {torch.distributed.get_rank()} on {socket.gethostname()}"
+    if isinstance(error, UserError):
+        return f"{where}: {error.problem}", error.remedy
+    return f"{where}: {type(error).__name__}: {error}", "see the traceback of that rank"
 
 
 def _reduced(flag: bool, device: torch.device, operation) -> bool:

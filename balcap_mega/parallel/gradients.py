@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
 from balcap_mega.config.schema import OptimizerConfig, ParallelConfig
+from balcap_mega.parallel.platform import calls_megatron
 
 PARTIAL_OVER_TENSOR_PARALLEL = "partial_over_tensor_parallel"
 """Attribute of a parameter that every tensor-parallel rank has whole, but whose gradient each has only a part of."""
@@ -37,6 +38,7 @@ def finalize_gradients(model, num_tokens=None, **kwargs) -> None:
             gradient.copy_(summed)
 
 
+@calls_megatron
 def wrap_ddp(policy: MegatronModule, config: ParallelConfig) -> DistributedDataParallel:
     """Give every trained parameter a float32 `main_grad` in contiguous buffers, reduced over data-parallel ranks.
 
@@ -51,6 +53,7 @@ def wrap_ddp(policy: MegatronModule, config: ParallelConfig) -> DistributedDataP
     return DistributedDataParallel(get_model_config(policy), ddp_config, policy)
 
 
+@calls_megatron
 def build_optimizer(
     model: DistributedDataParallel, config: OptimizerConfig, parallel: ParallelConfig
 ) -> MegatronOptimizer:

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from balcap_mega.config.schema import ParallelConfig
 from balcap_mega.errors import UserError
-from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.platform import Platform, calls_megatron
 from balcap_mega.parallel.rendezvous import job_store
 
 
@@ -72,14 +72,18 @@ def initialize_parallel(
         torch.distributed.init_process_group(
             platform.backend, store=store, rank=rank, world_size=world, timeout=timeout
         )
-    with platform.megatron():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tensor,
-            pipeline_model_parallel_size=config.pipeline,
-            distributed_timeout_minutes=timeout_seconds / 60,
-        )
-        model_parallel_cuda_manual_seed(seed)
+    _initialize_megatron(config, seed, timeout_seconds)
     return current_layout()
+
+
+@calls_megatron
+def _initialize_megatron(config: ParallelConfig, seed: int, timeout_seconds: float) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        distributed_timeout_minutes=timeout_seconds / 60,
+    )
+    model_parallel_cuda_manual_seed(seed)
 
 
 def current_layout() -> ModelLayout:

@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from balcap_mega.config.schema import ParallelConfig
-from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.platform import Platform, calls_megatron
 
 HOST_BLOCK_BYTES = 2**28
 """PyTorch rounds pinned allocations up to a power of two: this is one, so nothing is lost to it."""
@@ -38,8 +38,9 @@ class OptimizerOffload:
         self._away: list[tuple[torch.UntypedStorage, int]] = []  # what was emptied, and its bytes
         self.is_offloaded = False
 
+    @calls_megatron
     def offload(self) -> None:
-        """Free the device memory. Does nothing when that is done already. Enter `platform.megatron()` first."""
+        """Free the device memory. Does nothing when that is done already."""
         if self.is_offloaded:
             return
         self._away = [(storage, storage.nbytes()) for storage in self._storages()]
@@ -51,8 +52,9 @@ class OptimizerOffload:
         self._model.offload_grad_buffers()  # and empties PyTorch's cache: the engine allocates past it
         self.is_offloaded = True
 
+    @calls_megatron
     def onload(self) -> None:
-        """Bring it all back, gradients as zeros. Does nothing when it is back. Enter `platform.megatron()` first."""
+        """Bring it all back, gradients as zeros. Does nothing when it is back."""
         if not self.is_offloaded:
             return
         self._model.restore_grad_buffers()

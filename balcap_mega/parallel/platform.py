@@ -1,13 +1,18 @@
 """Which device this process trains on, and what follows from that: backend, dtypes, how Megatron code is entered."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import wraps
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 
 from balcap_mega.errors import UserError
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,27 @@ class Platform:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
     def megatron(self) -> AbstractContextManager[None]:
-        """Enter around every call into Megatron-Core: redirects it to the CPU there, does nothing on CUDA."""
-        if self.is_cuda:
-            return nullcontext()
-        from balcap_mega.parallel.cpu_redirects import cpu_redirects
+        """Redirects Megatron-Core to the CPU there, does nothing on CUDA; for who calls its objects directly."""
+        return _redirects(self.backend)
 
-        return cpu_redirects()
+
+def calls_megatron(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Decorates every function of ours that calls Megatron-Core, so that no caller has to think of the redirects.
+
+    The function needs torch.distributed, whose backend says which device this process trains on.
+    """
+
+    @wraps(function)
+    def redirected(*args: P.args, **kwargs: P.kwargs) -> Result:
+        with _redirects(torch.distributed.get_backend()):
+            return function(*args, **kwargs)
+
+    return redirected
+
+
+def _redirects(backend: str) -> AbstractContextManager[None]:
+    if backend == "nccl":
+        return nullcontext()
+    from balcap_mega.parallel.cpu_redirects import cpu_redirects
+
+    return cpu_redirects()

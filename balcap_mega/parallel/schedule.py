@@ -7,22 +7,28 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from balcap_mega.parallel.platform import calls_megatron
+
 Microbatch = TypeVar("Microbatch")
+Output = TypeVar("Output")
 Metrics = TypeVar("Metrics")
 
+Loss = Callable[[Output], tuple[Tensor, Tensor, Metrics]]
+"""Of the last stage's output: (loss summed over the microbatch, int32 normaliser, metrics)."""
 
+
+@calls_megatron
 def run_schedule(
     model: nn.Module,
     microbatches: Sequence[Microbatch],
-    forward: Callable[[nn.Module, Microbatch], Tensor],
-    loss: Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, Metrics]],
+    forward: Callable[[nn.Module, Microbatch], tuple[Output, Loss]],
     *,
     forward_only: bool = False,
 ) -> list[Metrics]:
     """Run every microbatch and, unless `forward_only`, leave the step's gradient in the parameters' `main_grad`.
 
-    forward(model, microbatch): this stage's output; on the last stage whatever the model's objective returned.
-    loss(microbatch, output):   on the last stage only: (loss summed over the microbatch, int32 normaliser, metrics).
+    forward(model, microbatch): this stage's output (on the last stage, whatever the model's objective returned) and the
+        function that makes the loss of it, which is called on the last stage only.
 
     Gradients are those of sum(loss) / sum(normaliser), both over all microbatches and data-parallel ranks
     (`calculate_per_token_loss`; the division is done once, in `finalize_model_grads`), so a step's gradient does not
@@ -33,13 +39,9 @@ def run_schedule(
     if not microbatches:
         raise ValueError("a step needs at least one microbatch on every rank")
 
-    def forward_step(iterator, stage):
-        microbatch = next(iterator)
-        return forward(stage, microbatch), lambda output: loss(microbatch, output)
-
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=lambda iterator, stage: forward(stage, next(iterator)),
             data_iterator=iter(microbatches),
             model=model,
             num_microbatches=len(microbatches),

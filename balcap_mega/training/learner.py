@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,9 +21,9 @@ from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.offload import OptimizerOffload, shares_device
-from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.platform import Platform, calls_megatron
 from balcap_mega.parallel.progress import progress
-from balcap_mega.parallel.schedule import run_schedule
+from balcap_mega.parallel.schedule import Loss, run_schedule
 from balcap_mega.training.microbatch import Microbatch
 
 
@@ -81,9 +82,8 @@ class Learner:
         check_checkpoint(folder, self.architecture)  # before anything is allocated
         self.policy = build_policy(self.architecture, model, parallel, platform)
         import_checkpoint(folder, self.policy)
-        with platform.megatron():
-            self.model = wrap_ddp(self.policy, parallel)
-            self.optimizer = build_optimizer(self.model, optimizer, parallel)
+        self.model = wrap_ddp(self.policy, parallel)
+        self.optimizer = build_optimizer(self.model, optimizer, parallel)
         self.optimizer_offload = OptimizerOffload(self.model, self.optimizer, platform.device)
         self.shares_device = shares_device(parallel, platform)
         self.reference = self._copy_of_weights() if algorithm.kl_weight > 0 else None
@@ -136,13 +136,11 @@ class Learner:
         `parallel.offload` says never, or when it is done already.
         """
         if self.shares_device:
-            with self.platform.megatron():
-                self.optimizer_offload.offload()
+            self.optimizer_offload.offload()
 
     def onload(self) -> None:
         """Take it back, bit for bit as it was."""
-        with self.platform.megatron():
-            self.optimizer_offload.onload()
+        self.optimizer_offload.onload()
 
     def _head(self, weight: Tensor) -> HeadShard:
         return HeadShard(
@@ -152,13 +150,13 @@ class Learner:
             temperature=self.temperature,
         )
 
-    def _forward(self, objective: Callable) -> Callable[[nn.Module, Microbatch], Tensor]:
-        """The schedule's forward step: `objective(hidden, head weight, microbatch)` on the last stage."""
+    def _forward(self, objective: Callable, loss: Loss) -> Callable[[nn.Module, Microbatch], tuple[Any, Loss]]:
+        """The schedule's forward step: `objective(hidden, head weight, microbatch)`, and `loss` of what it returns."""
 
-        def forward(model: nn.Module, microbatch: Microbatch) -> Tensor:
+        def forward(model: nn.Module, microbatch: Microbatch) -> tuple[Any, Loss]:
             progress.mark()
             row, device = microbatch.row, self.platform.device
-            return model(
+            output = model(
                 row.tokens[None].to(device),
                 row.position_ids[:, None].to(device),
                 row.segments,
@@ -166,6 +164,7 @@ class Learner:
                 lambda hidden, weight: objective(hidden, weight, microbatch),
                 images=microbatch.images,
             )
+            return output, loss
 
         return forward
 
@@ -173,44 +172,34 @@ class Learner:
         def objective(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> Tensor:
             return token_logprobs(hidden, microbatch.tokens.targets.to(hidden.device), self._head(weight))[0]
 
-        self.model.eval()
-        with self.platform.megatron():
-            return run_schedule(
-                self.model,
-                microbatches,
-                self._forward(objective),
-                lambda microbatch, logprobs: (logprobs.sum(), torch.tensor(1, dtype=torch.int32), logprobs),
-                forward_only=True,
-            )
+        def keep(logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return logprobs.sum(), torch.tensor(1, dtype=torch.int32), logprobs
 
+        self.model.eval()
+        return run_schedule(self.model, microbatches, self._forward(objective, keep), forward_only=True)
+
+    @calls_megatron
     def _step(
         self,
         microbatches: Sequence[Microbatch],
         objective: Callable[..., PolicyLoss],
         accept: Callable[[UpdateResult], bool] = must_be_finite,
     ) -> UpdateResult:
-        results: dict[int, PolicyLoss] = {}
-
-        def keep(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> Tensor:
-            result = results[id(microbatch)] = objective(hidden, weight, microbatch)
-            return result.loss_sum
-
-        def loss(microbatch: Microbatch, loss_sum: Tensor) -> tuple[Tensor, Tensor, None]:
-            return loss_sum, results[id(microbatch)].normaliser.int(), None
+        def loss(result: PolicyLoss) -> tuple[Tensor, Tensor, PolicyLoss]:
+            return result.loss_sum, result.normaliser.int(), result
 
         if self.optimizer_offload.is_offloaded:
             raise RuntimeError("the optimizer is offloaded: call onload() before an update")
         self.model.train()
-        with self.platform.megatron():
-            self.model.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            run_schedule(self.model, microbatches, self._forward(keep), loss)
-            loss_value, metrics = self._reduce(list(results.values()))
-            self.optimizer.prepare_grads()
-            result = UpdateResult(loss_value, float(self.optimizer.get_grad_norm()), metrics)
-            if not accept(result):
-                return replace(result, applied=False)
-            self.optimizer.step()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = run_schedule(self.model, microbatches, self._forward(objective, loss))
+        loss_value, metrics = self._reduce(losses)
+        self.optimizer.prepare_grads()
+        result = UpdateResult(loss_value, float(self.optimizer.get_grad_norm()), metrics)
+        if not accept(result):
+            return replace(result, applied=False)
+        self.optimizer.step()
         return result
 
     def _reduce(self, results: Sequence[PolicyLoss]) -> tuple[float, dict[str, float]]:

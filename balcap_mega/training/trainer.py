@@ -9,7 +9,7 @@ from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.sampler import RecordSampler
-from balcap_mega.parallel.agreement import from_first_rank
+from balcap_mega.parallel.agreement import failing_together, from_first_rank
 from balcap_mega.parallel.progress import progress
 from balcap_mega.rewards.collect import build_reward_batch
 from balcap_mega.rewards.judge import Judge
@@ -20,8 +20,9 @@ from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import BatchBuilder, Prompts
 from balcap_mega.training.checkpoint.format import latest_checkpoint, load_checkpoint
 from balcap_mega.training.checkpoint.writer import CheckpointWriter
-from balcap_mega.training.guard.health import Health
+from balcap_mega.training.guard.health import Finding, Health, Unhealthy
 from balcap_mega.training.guard.signals import StopRequest
+from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out
 from balcap_mega.training.judging import Judging, patience
 from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
@@ -50,31 +51,39 @@ class Trainer:
     def step(self, number: int) -> dict[str, float]:
         """Run step `number` (from 0) and return its metrics. A collective.
 
-        Raises Stopped or TooManyMissing, both before the update: the weights are still those of `number` steps.
-        Raises Unhealthy before an update that is not to be applied, the first or a later one.
+        What ends it before its update, on any rank, ends it on all of them, after a checkpoint of the steps so far:
+        Stopped, TooManyMissing, or any other error. Raises Unhealthy before an update that is not to be applied, the
+        first or a later one.
         """
-        phase = PhaseTimer(self.learner.platform.device, number)
-        with phase("data"):
-            prompts = Prompts(self.dataset, self.sampler.indices(number))
-            judge = self.judge if self.replica.is_leader else None
-            judging = Judging(judge, prompts, self.length, patience(self.config.rewards))
-        with phase("rollout"):
-            mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)
-        with phase("swap"):  # while the last captions are judged
-            self.engine.sleep()
-            self.learner.onload()
-        with phase("rewards"):
-            groups, judged = zip(*self.replica.gather(judging.scored(mine)), strict=True)
-            rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
-            refuse_missing(rewards, self.config.rewards.max_missing_fraction)
-        with phase("advantages"):
-            advantages = compute_advantages(rewards, self.config.algorithm)
-        with phase("packing"):
-            for group in mine:  # each rank of an engine over several loads its own pictures
-                groups[group.place].seen.refuse_unlike(group.seen)
-            batches = self.batches.from_rollouts(prompts, groups, advantages, self.config.optimizer.updates_per_step)
-        self.stop.check(self.learner.platform.device)
-        with phase("update"):
+        device = self.learner.platform.device
+        phase = PhaseTimer(device, number)
+        with self.keeping(number):
+            self.stop.check(device)
+            with phase("data"):
+                prompts = Prompts(self.dataset, self.sampler.indices(number))
+                judge = self.judge if self.replica.is_leader else None
+                judging = Judging(judge, prompts, self.length, patience(self.config.rewards))
+            with phase("rollout"), failing_together(device):
+                mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)
+            with phase("swap"):  # while the last captions are judged
+                self.engine.sleep()
+                self.learner.onload()
+            with phase("rewards"):
+                with failing_together(device):
+                    scored = judging.scored(mine)
+                groups, judged = zip(*self.replica.gather(scored), strict=True)
+                rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
+                refuse_missing(rewards, self.config.rewards.max_missing_fraction)
+            with phase("advantages"):
+                advantages = compute_advantages(rewards, self.config.algorithm)
+            with phase("packing"), failing_together(device):
+                for group in mine:  # each rank of an engine over several loads its own pictures
+                    groups[group.place].seen.refuse_unlike(group.seen)
+                batches = self.batches.from_rollouts(
+                    prompts, groups, advantages, self.config.optimizer.updates_per_step
+                )
+            self.stop.check(device)
+        with phase("update"), self.keeping(None, Unhealthy):
             self.learner.set_learning_rate(self.learning_rate(number))
             updates = self.update(batches.minibatches, partial(self.health.accepts, number + 1))
         with phase("refit"):
@@ -103,6 +112,44 @@ class Trainer:
         optimizer = self.config.optimizer
         return optimizer.learning_rate * min(1.0, (number + 1) / max(optimizer.warmup_steps, 1))
 
+    def evaluate(self, dataset: CaptionDataset) -> HeldOutResult:
+        """Caption and judge a whole dataset, greedily. A collective that moves nothing."""
+        with progress.phase("evaluation"):
+            return evaluate_held_out(
+                self.engine,
+                self.replica,
+                self.judge,
+                Prompts(dataset, range(len(dataset))),
+                self.length,
+                patience(self.config.rewards),
+            )
+
+    def refuse(self, findings: Sequence[Finding], steps: int) -> None:
+        """Raise Unhealthy for what shall stop the run after `steps` steps, with a checkpoint if the policy is sound."""
+        fatal = [finding for finding in findings if finding.policy == "stop"]
+        with self.keeping(steps if all(finding.sound for finding in fatal) else None):
+            if fatal:
+                raise Unhealthy(fatal[0])
+
+    @contextmanager
+    def keeping(self, steps: int | None, errors: type[Exception] = Exception) -> Iterator[None]:
+        """End well on any of `errors`, which all ranks must meet alike: what is worth keeping is kept.
+
+        A checkpoint on its way is waited for. steps: save the weights too, as those after so many steps; None where
+        they are not whole or not sound. Raises the failure to do so, with a note of the error, if it fails.
+        """
+        try:
+            yield
+        except errors as error:
+            try:
+                if steps is not None:
+                    self.save(steps)
+                self.checkpoints.finish()
+            except Exception as failure:
+                failure.add_note(f"the run was to end because of this: {error}")
+                raise
+            raise
+
     def save(self, step: int) -> None:
         """Begin a checkpoint after `step` steps. Prompts, seeds and batches follow from the step number alone."""
         with progress.phase("checkpoint", step - 1), self._learners_turn():
@@ -112,7 +159,7 @@ class Trainer:
         """Load the last checkpoint, if any; return the number of steps it has behind it."""
         path = from_first_rank(latest_checkpoint(self.checkpoints.folder))
         if path is not None:
-            with self._learners_turn(), self.learner.platform.megatron():
+            with self._learners_turn():
                 extra = load_checkpoint(path, self.learner.model, self.learner.optimizer)
             self.checkpoints.last = extra["step"]
         return self.checkpoints.last

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.groups import current_layout
+from balcap_mega.parallel.platform import calls_megatron
 from balcap_mega.training.checkpoint.pickles import foreign_content
 from balcap_mega.training.checkpoint.random_state import load_random_state
 
@@ -72,6 +73,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+@calls_megatron
 def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: ChainedOptimizer) -> dict[str, Any]:
     """Restore what `CheckpointWriter` wrote at this or any other layout; return its `extra`. A collective.
 

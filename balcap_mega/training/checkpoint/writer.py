@@ -29,7 +29,7 @@ from torch import Tensor
 
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.agreement import all_ranks
-from balcap_mega.parallel.platform import Platform
+from balcap_mega.parallel.platform import Platform, calls_megatron
 from balcap_mega.parallel.progress import progress
 from balcap_mega.training.checkpoint.format import (
     CONTENT,
@@ -69,6 +69,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: _Save | None = None
 
+    @calls_megatron
     def start(
         self, step: int, model: DistributedDataParallel, optimizer: ChainedOptimizer, extra: Mapping[str, Any]
     ) -> None:
@@ -82,7 +83,7 @@ class CheckpointWriter:
         if step <= self.last:
             return
         partial = self._partial(step)
-        with self._platform.megatron(), self._naming(step):
+        with self._naming(step):
             if torch.distributed.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 (partial / "megatron").mkdir(parents=True)
@@ -125,6 +126,7 @@ class CheckpointWriter:
                 )
             time.sleep(POLL_SECONDS)
 
+    @calls_megatron
     def _publish(self, save: _Save) -> None:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         failure = save.written.exception()
@@ -133,7 +135,7 @@ class CheckpointWriter:
         for number, report in enumerate(reports):
             if isinstance(report, str):
                 raise self._failed(save.step, f"rank {number}: {report}")
-        with self._platform.megatron(), self._naming(save.step):
+        with self._naming(save.step):
             for finalize in save.request.finalize_fns:
                 finalize()
             if rank == 0:

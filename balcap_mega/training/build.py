@@ -1,0 +1,74 @@
+"""The parts of a training step, built and put together."""
+
+from pathlib import Path
+
+from balcap_mega.algorithm.words import count_words
+from balcap_mega.config.schema import RunConfig
+from balcap_mega.data.records import CaptionDataset
+from balcap_mega.data.sampler import RecordSampler
+from balcap_mega.models.processing import PromptProcessor
+from balcap_mega.parallel.groups import ModelLayout
+from balcap_mega.parallel.platform import Platform
+from balcap_mega.rewards.factory import build_judge
+from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.refit import build_refit
+from balcap_mega.rollout.replicas import Replica
+from balcap_mega.training.batches import batch_builder
+from balcap_mega.training.checkpoint.writer import CheckpointWriter
+from balcap_mega.training.folder import RunFolder
+from balcap_mega.training.guard.health import Health
+from balcap_mega.training.guard.signals import StopRequest
+from balcap_mega.training.learner import Learner
+from balcap_mega.training.trainer import Trainer
+
+
+def build_trainer(
+    config: RunConfig,
+    start: Path,
+    dataset: CaptionDataset,
+    layout: ModelLayout,
+    platform: Platform,
+    folder: RunFolder,
+    stop: StopRequest,
+) -> Trainer:
+    """The learner with the weights of `start`, the engine beside it, and what lies between them. A collective."""
+    learner = Learner(
+        start,
+        config.model,
+        config.parallel,
+        config.optimizer,
+        config.algorithm,
+        platform,
+        temperature=config.rollout.temperature,
+        max_response_length=config.rollout.max_tokens,
+    )
+    learner.offload()  # the engine claims its share of the device's memory as it is built
+    engine = RolloutEngine(
+        start,
+        config.rollout,
+        device=platform.device,
+        dtype=platform.dtype(config.model.dtype),
+        seed=config.seed,
+        sleeps=learner.shares_device,
+    )
+    processor = PromptProcessor(start)
+    return Trainer(
+        config=config,
+        dataset=dataset,
+        sampler=RecordSampler(len(dataset), config.seed, config.rollout.prompts_per_step),
+        length=count_words if config.algorithm.gate.unit == "words" else processor.count_tokens,
+        judge=build_judge(config.rewards),
+        engine=engine,
+        replica=Replica.current(config.rollout.tensor_parallel),
+        batches=batch_builder(processor, config, layout, learner.architecture),
+        learner=learner,
+        refit=build_refit(learner.policy, engine, config.parallel),
+        checkpoints=CheckpointWriter(
+            folder.checkpoints,
+            platform,
+            keep=config.checkpoint.keep,
+            timeout_seconds=config.checkpoint.timeout_seconds,
+        ),
+        stop=stop,
+        health=Health(config.health, config.algorithm.weights),
+    )
