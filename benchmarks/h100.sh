@@ -84,16 +84,16 @@ step=("$python" benchmarks/throughput.py --json "$results/throughput_h100.json")
 kernels=("$python" benchmarks/kernels.py --device cuda --json "$results/kernels_h100.json" --limit 60)
 part tests_kernels 240 pytest "${tests[@]}" tests/test_kernels.py
 part tests_attention 120 pytest "${tests[@]}" tests/test_attention.py
-part throughput_3b 360 vllm "${step[@]}" --model qwen2_5_vl_3b
+part throughput_3b 360 vllm "${step[@]}" --model Qwen2.5-VL-3B
 part colocation 300 "pytest vllm" "${tests[@]}" tests/test_colocation.py
 part tests_fp8 240 "pytest transformer_engine" "${tests[@]}" tests/test_fp8.py -k near
-part throughput_7b 360 vllm "${step[@]}" --model qwen2_5_vl_7b --layers 8
+part throughput_7b 360 vllm "${step[@]}" --model Qwen2.5-VL-7B --layers 8
 part lm_head 400 "" "${kernels[@]}" --ops lm_head --only bound balcap eager
 part reward_to_loss 120 "" "${kernels[@]}" --ops reward_to_loss
 part attention 180 "" "$python" benchmarks/attention.py --record "$results/measured.json" --json "$results/attention_h100.json"
 part refit 360 vllm "$python" benchmarks/refit.py --model 7b --gib 6 --json "$results/refit_h100.json"
-part throughput_7b_fp8 360 "vllm transformer_engine" "${step[@]}" --model qwen2_5_vl_7b --layers 8 --fp8 hybrid --rollout-fp8
-part throughput_llava 360 vllm "${step[@]}" --model llava15_7b --layers 10
+part throughput_7b_fp8 360 "vllm transformer_engine" "${step[@]}" --model Qwen2.5-VL-7B --layers 8 --fp8 hybrid --rollout-fp8
+part throughput_llava 360 vllm "${step[@]}" --model LLaVA-1.5-7B --layers 10
 part checkpoint_io 200 "" "$python" benchmarks/checkpoint_io.py --model 7b --gib 4
 part logprobs 240 "" "${kernels[@]}" --ops logprobs --only bound balcap eager
 part learning_fp8 540 "pytest vllm transformer_engine" "${tests[@]}" tests/test_fp8.py -k learns

@@ -6,30 +6,20 @@ read at the speed of memory. `randomise` then fills the learner's weights in pla
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the released configurations stand with the tests
-
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
+from balcap_mega.models.released import RELEASED
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.groups import current_layout
 from balcap_mega.training.learner import Learner
-from tests.support.released_configs import RELEASED
 
-MODELS = {
-    "qwen2_5_vl_3b": "Qwen2.5-VL-3B",
-    "qwen2_5_vl_7b": "Qwen2.5-VL-7B",
-    "qwen2_5_vl_32b": "Qwen2.5-VL-32B",
-    "qwen2_5_vl_72b": "Qwen2.5-VL-72B",
-    "llava15_7b": "LLaVA-1.5-7B",
-    "llava15_13b": "LLaVA-1.5-13B",
-    "tiny": None,
-}
+TINY = "tiny"
+MODELS = (*RELEASED, TINY)
 TEXTS = ["A large red circle is to the left of a small blue square."]
 
 
@@ -38,20 +28,16 @@ def write_random_model(folder: Path, model: str, layers: int | None = None) -> A
 
     Its tokenizer knows a word for every id of the vocabulary, so whatever a random policy says is text.
     """
-    released = RELEASED.get(MODELS[model]) if MODELS[model] else None
-    family = released["model_type"] if released else "qwen2_5_vl"
-    vision = {"image_size": 336} if family == "llava" else {}
-    write_tiny_checkpoint(folder, family, TEXTS, vision_config=vision)
+    released = next(iter(RELEASED.values())) if model == TINY else RELEASED[model]
+    vision = {key: released["vision_config"][key] for key in ("image_size",) if key in released["vision_config"]}
+    write_tiny_checkpoint(folder, released["model_type"], TEXTS, vision_config=vision)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if released:
+    if model != TINY:
         special = {key: value for key, value in config.items() if key.endswith(("_token_id", "_token_index"))}
-        text = config["text_config"]
+        ends = {key: config["text_config"][key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = json.loads(json.dumps(released)) | special
-        ends = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config |= ends if family == "qwen2_5_vl" else {}
-        if family == "llava":
-            config["text_config"] |= ends
+        config.get("text_config", config).update(ends)
     text = config.get("text_config", config)
     if layers is not None:
         text["num_hidden_layers"] = min(layers, text.get("num_hidden_layers", layers))

@@ -26,6 +26,7 @@ from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.policy import build_policy
+from balcap_mega.models.released import RELEASED
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.groups import initialize_parallel
 from balcap_mega.parallel.platform import Platform
@@ -39,6 +40,7 @@ LAYOUTS = (
     (1, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (4, 2, 2, 1),
     (2, 1, 1, 2), (2, 2, 1, 2), (2, 1, 2, 2), (4, 2, 2, 2),
 )  # fmt: skip
+FAMILY = RELEASED["Qwen2.5-VL-3B"]["model_type"]
 WIDTHS = {
     # hidden, intermediate, heads, key/value heads, layers, tied embeddings
     "3b": (2048, 11008, 16, 2, 36, True),
@@ -61,7 +63,7 @@ def write_checkpoint(folder: Path, model: str, gib: float) -> Architecture:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     }  # fmt: skip
     # The small checkpoint brings tokenizer and processor; its weights give way to those of the real widths.
-    write_tiny_checkpoint(folder, "qwen2_5_vl", ["A red circle."], tie_word_embeddings=tied)
+    write_tiny_checkpoint(folder, FAMILY, ["A red circle."], tie_word_embeddings=tied)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["text_config"] |= text | {"layer_types": ["full_attention"] * layers}

@@ -1,8 +1,8 @@
 """Whole steps of a real-size policy with random weights: tokens a second, MFU, time and memory by phase.
 
-    python benchmarks/throughput.py --model qwen2_5_vl_3b [--json FILE]
-    python benchmarks/throughput.py --model qwen2_5_vl_7b --layers 8 --fp8 hybrid --rollout-fp8
-    torchrun --nproc-per-node 8 benchmarks/throughput.py --model qwen2_5_vl_7b --tensor 4 --sequence
+    python benchmarks/throughput.py --model Qwen2.5-VL-3B [--json FILE]
+    python benchmarks/throughput.py --model Qwen2.5-VL-7B --layers 8 --fp8 hybrid --rollout-fp8
+    torchrun --nproc-per-node 8 benchmarks/throughput.py --model Qwen2.5-VL-7B --tensor 4 --sequence
 
 The step is `Trainer.step`: vLLM samples, Megatron updates, the refit moves the weights, and engine and learner take
 turns on the device. Images are drawn scenes at --image-size. Two things are not those of a real run: captions are
@@ -150,7 +150,8 @@ def sizes(trainer: Trainer, config: RunConfig) -> dict[str, float]:
     architecture = trainer.learner.architecture
     image_tokens = prompt.prompt_token_ids.count(architecture.image_token_id)
     vision = trainer.learner.policy.vision
-    patches = image_tokens * (4 if architecture.family == "qwen2_5_vl" else 1)
+    grid = prompt.vision.image_grid_thw
+    patches = image_tokens if grid is None else int(grid.prod())
     return {
         "prompts": config.rollout.prompts_per_step,
         "group_size": config.rollout.group_size,
@@ -259,7 +260,7 @@ def table(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="qwen2_5_vl_3b")
+    parser.add_argument("--model", choices=MODELS, default="Qwen2.5-VL-3B")
     parser.add_argument("--layers", type=int, help="fewer decoder layers than released; 8 of a 7B fit 80 GB")
     parser.add_argument("--prompts", type=int, default=32, help="images a step")
     parser.add_argument("--group-size", type=int, default=8)

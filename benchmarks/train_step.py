@@ -43,6 +43,7 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.attention_backends.pattern import attention_pattern
 from balcap_mega.models.processing import PromptProcessor
+from balcap_mega.models.released import RELEASED
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.groups import current_layout, initialize_parallel
 from balcap_mega.parallel.platform import Platform
@@ -61,11 +62,18 @@ SIDES = {64: (8, 8), 576: (24, 24), 1280: (32, 40)}  # rows and columns of image
 GROUPS = (1, 4, 8, 16)
 
 
-def write_model(folder: Path, family: str) -> Path:
-    if family == "llava":
-        return write_tiny_checkpoint(folder, family, TEXTS, text_config=DECODER, vision_config={"image_size": 336})
+def write_model(folder: Path, released: str, **overrides: dict) -> Path:
+    """A small model of the family of that released checkpoint."""
+    return write_tiny_checkpoint(folder, RELEASED[released]["model_type"], TEXTS, **overrides)
+
+
+def write_grid_model(folder: Path) -> Path:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
-    return write_tiny_checkpoint(folder, family, TEXTS, text_config=DECODER | {"rope_parameters": rope})
+    return write_model(folder, "Qwen2.5-VL-3B", text_config=DECODER | {"rope_parameters": rope})
+
+
+def write_step_model(folder: Path) -> Path:
+    return write_model(folder, "LLaVA-1.5-7B", text_config=DECODER, vision_config={"image_size": 336})
 
 
 def records(count: int, height: int, width: int) -> list[CaptionRecord]:
@@ -175,7 +183,7 @@ def _status_mib(key: str) -> float:
 
 
 def run_grid(folder: Path, caption_tokens: int, repeats: int) -> list[dict[str, float]]:
-    bench, results = Bench.of(write_model(folder, "qwen2_5_vl")), []
+    bench, results = Bench.of(write_grid_model(folder)), []
     for image_tokens, (rows, columns) in SIDES.items():
         examples = records(2, rows * 28, columns * 28)
         for group in GROUPS:
@@ -243,15 +251,15 @@ def main() -> None:
     results = {"command": sys.argv, "torch": torch.__version__, "threads": torch.get_num_threads()}
     initialize_parallel(ParallelConfig(), Platform.resolve("auto"))
     with tempfile.TemporaryDirectory() as temporary:
-        llava = write_model(Path(temporary) / "llava", "llava")
+        model = write_step_model(Path(temporary) / "step")
         if "grid" in arguments.cases:
-            results["grid"] = run_grid(Path(temporary) / "qwen2_5_vl", arguments.caption_tokens, arguments.repeats)
+            results["grid"] = run_grid(Path(temporary) / "grid", arguments.caption_tokens, arguments.repeats)
             print(grid_table(results["grid"]), flush=True)
         if "step" in arguments.cases:
-            results["step"] = run_step(llava, *sizes, arguments.repeats)
+            results["step"] = run_step(model, *sizes, arguments.repeats)
             print(json.dumps(results["step"]), flush=True)
         if "trl" in arguments.cases:
-            results["trl"] = run_trl(llava, *sizes, arguments.repeats)
+            results["trl"] = run_trl(model, *sizes, arguments.repeats)
             print(json.dumps(results["trl"]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

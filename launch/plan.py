@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fp8", action="store_true", help="with --search: also FP8 in training and rollouts")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="rows of benchmarks/throughput.py --json")
     parser.add_argument("--published", action="store_true", help="hold the planner against published rows")
-    parser.add_argument("--image-tokens", type=int, help="of an image; 1280 of Qwen2.5-VL where not given")
+    parser.add_argument("--image-tokens", type=int, help="of an image; where not given, of one of about a megapixel")
     parser.add_argument("--caption-tokens", type=float, help="mean length of a caption; 175 where not given")
     parser.add_argument("--captions-per-second", type=float, help="that the judge sustains; it keeps up if not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")

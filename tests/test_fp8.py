@@ -13,12 +13,12 @@ from balcap_mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerCon
 from balcap_mega.errors import UserError
 from balcap_mega.models import fp8
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.released import write_config
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import fp8_arguments
 from balcap_mega.rollout.vllm_runtime import import_vllm
 from balcap_mega.training.learner import Learner
-from tests.support.released_configs import write_config
 from tests.test_learner import make_batch
 
 # Logprobs: largest mean difference; gradients: smallest cosine. Rounding both sides of each GEMM to FP8 on a CPU gives
@@ -89,13 +89,21 @@ def test_rows_are_padded_to_whole_tiles_on_every_rank(tensor, sequence, multiple
     assert fp8.row_multiple(ModelConfig(path="x"), parallel) == (tensor if sequence else 1)
 
 
-def test_rollouts_leave_out_what_training_does():
+@pytest.mark.parametrize(
+    ("name", "vision"),
+    [
+        ("Qwen2.5-VL-7B", ("visual.blocks.3.mlp.gate_up_proj", "visual.merger.mlp.0")),
+        ("LLaVA-1.5-7B", ("vision_tower.encoder.layers.3.mlp.fc1", "multi_modal_projector.linear_1")),
+    ],
+)
+def test_rollouts_leave_out_what_training_does(name, vision, tmp_path):
     """By vLLM's own reading of its options: vision tower, projector, first and last layer are not quantised."""
     import_vllm()
     from vllm.config.quantization import resolve_quantization_config
     from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 
-    arguments = fp8_arguments(num_layers=28)
+    architecture = Architecture.from_folder(write_config(tmp_path, name))
+    arguments, last = fp8_arguments(architecture), architecture.num_layers - 1
     config = resolve_quantization_config(arguments["quantization"], arguments["quantization_config"])
     fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -103,10 +111,9 @@ def test_rollouts_leave_out_what_training_does():
         return should_ignore_layer(layer, config.ignore, fused)
 
     decoder, linears = "language_model.model.layers.", (".self_attn.qkv_proj", ".mlp.gate_up_proj", ".mlp.down_proj")
-    vision = ("visual.blocks.3.mlp.gate_up_proj", "visual.merger.mlp.0", "vision_tower.encoder.layers.3.mlp.fc1")
-    assert all(map(ignored, (*vision, "multi_modal_projector.linear_1")))
-    assert all(ignored(f"{decoder}{layer}{linear}") for layer in (0, 27) for linear in linears)
-    assert not any(ignored(f"{decoder}{layer}{linear}") for layer in (1, 2, 10, 20, 26) for linear in linears)
+    assert all(map(ignored, vision))
+    assert all(ignored(f"{decoder}{layer}{linear}") for layer in (0, last) for linear in linears)
+    assert not any(ignored(f"{decoder}{layer}{linear}") for layer in (1, 2, 10, 20, last - 1) for linear in linears)
 
 
 # On a GPU

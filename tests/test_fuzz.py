@@ -41,6 +41,7 @@ from balcap_mega.errors import UserError
 from balcap_mega.evaluation import bcapscore, caparena, captionqa, dcscore
 from balcap_mega.evaluation.session import Spending, add_to_ledger, read_json
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.huggingface.files import check_checkpoint
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.mllm.failures import Unusable
@@ -277,7 +278,7 @@ def test_model_folders(name, count, model_folder):
         return claimed.to_bytes(8, "little") + header + whole[8 + length :]
 
     def read(_):
-        check_model(ModelConfig(path=str(model_folder)), ParallelConfig(), RolloutConfig(max_model_len=512))
+        check_model(ModelConfig(path=str(model_folder)), ParallelConfig(), RolloutConfig(max_model_len=512), FAMILIES)
         read_from = Architecture.from_folder(model_folder) if name == "config" else architecture
         check_checkpoint(model_folder, read_from)
 

@@ -9,9 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface.mapping import Block, megatron_blocks, vllm_blocks
+from balcap_mega.models.families import FAMILIES
+from balcap_mega.models.huggingface.mapping import megatron_blocks, vllm_blocks
+from balcap_mega.models.huggingface.table import Block
 from balcap_mega.models.huggingface.tensors import canonical_name, huggingface_shapes
-from tests.support.released_configs import RELEASED, write_config
+from balcap_mega.models.released import RELEASED, write_config
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_names_and_shapes_are_those_of_transformers(name, architectures, tmp_pat
     ],
 )
 def test_every_generation_of_names_is_understood(family, stored, canonical):
-    assert canonical_name(family, stored) == canonical
+    assert canonical_name(FAMILIES[family], stored) == canonical
 
 
 def area(rows, cols) -> int:
@@ -160,7 +162,8 @@ def test_vllm_holds_every_element(name, tensor, architectures):
     if architecture.num_attention_heads % tensor:
         pytest.skip(f"{architecture.num_attention_heads} heads on {tensor} ranks")
     shapes = huggingface_shapes(architecture)
-    uneven_vision = architecture.family == "qwen2_5_vl" and architecture.vision.vision_config.intermediate_size % tensor
+    vision = architecture.config.vision_config
+    uneven_vision = architecture.family.vision_data_parallel and vision.intermediate_size % tensor
     covered = defaultdict(set)
     for rank in range(tensor):
         blocks = vllm_blocks(

@@ -122,7 +122,7 @@ def test_lengths_have_their_mean_and_their_limit():
 def measured_row(**seconds: float) -> dict:
     """A row as benchmarks/throughput.py writes it, of a 3B on one GPU."""
     return {
-        "model": "qwen2_5_vl_3b", "layers": 36, "device": "NVIDIA H100 80GB HBM3", "world_size": 1,
+        "model": "Qwen2.5-VL-3B", "layers": 36, "device": "NVIDIA H100 80GB HBM3", "world_size": 1,
         "layout": {
             "tensor": 1, "pipeline": 1, "sequence": False, "distributed_optimizer": True, "offload": "auto",
             "engine_tensor": 1, "memory_fraction": 0.5,
@@ -156,7 +156,7 @@ def test_measured_rows_are_compared_and_carried_over_to_a_cluster(tmp_path):
     assumed = Planner.of(config, Cluster(2)).plan(layout).update_seconds
     carried = Planner.of(config, replace(Cluster(2), efficiency=slow.efficiency())).plan(layout).update_seconds
     assert carried["train"] > 1.8 * assumed["train"]
-    path.write_text('[{"model": "qwen2_5_vl_3b"}]')
+    path.write_text('[{"model": "Qwen2.5-VL-3B"}]')
     with pytest.raises(UserError, match="holds no rows of benchmarks"):
         read_rows(path)
 

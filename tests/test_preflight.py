@@ -1,14 +1,19 @@
 """What cannot work is refused before any work starts, naming the key, its value and the remedy."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
+from balcap_mega.config import preflight as checks
 from balcap_mega.config.load import dump_config
-from balcap_mega.config.preflight import check_model, preflight
 from balcap_mega.config.schema import MAY_CHANGE, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
 from balcap_mega.errors import UserError
+from balcap_mega.models.families import FAMILIES
+
+check_model = partial(checks.check_model, families=FAMILIES)
+preflight = partial(checks.preflight, families=FAMILIES)
 
 
 @pytest.fixture
@@ -29,6 +34,11 @@ def run(tmp_path):
 
 
 MLLM = {"judge": "mllm", "endpoint": {"base_url": "http://localhost:1", "model": "m"}}
+
+
+def test_unknown_family_is_refused(run):
+    with pytest.raises(UserError, match=r"model\.tiny=blip is no model family.*qwen2_5_vl, .*llava"):
+        preflight(run(model={"tiny": "blip"}), 1)
 
 
 def test_valid_run_passes(run):
@@ -100,7 +110,7 @@ def checkpoint(folder, config, files=("model.safetensors", "tokenizer_config.jso
     "config, parallel, rollout, said",
     [
         ("{", {}, {}, "not valid JSON"),
-        ({"model_type": "blip"}, {}, {}, "'blip'.*qwen2_5_vl, llava"),
+        ({"model_type": "blip"}, {}, {}, "'blip'.*qwen2_5_vl, .*llava"),
         ({}, {}, {}, "architecture None"),
         ([], {}, {}, "architecture None"),
         ({"model_type": "llava", "text_config": {"num_attention_heads": 6}}, {"tensor": 4}, {}, "parallel.tensor=4"),

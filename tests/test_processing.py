@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
-from balcap_mega.models.processing import PromptProcessor, mrope_position_ids
+from balcap_mega.models.families import FAMILIES
+from balcap_mega.models.families.qwen_vl import mrope_position_ids
+from balcap_mega.models.processing import PromptProcessor
 
 
 def record(height: int = 84, width: int = 140) -> CaptionRecord:
@@ -16,7 +18,7 @@ def record(height: int = 84, width: int = 140) -> CaptionRecord:
     return CaptionRecord(id="0", image=Image.fromarray(pixels), prompt="Describe the image.", reference="A square.")
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_is_what_transformers_reads(tiny_checkpoint, family):
     folder = tiny_checkpoint(family)
     prompt = PromptProcessor(folder)(record())
@@ -51,7 +53,7 @@ def test_positions_are_those_of_transformers(tiny_checkpoint):
     assert int(positions.max()) + 1 == len(is_image) + int(delta)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_special_tokens(tiny_checkpoint, family):
     processor = PromptProcessor(tiny_checkpoint(family))
     prompt = processor(record())

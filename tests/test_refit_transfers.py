@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface.mapping import Block
+from balcap_mega.models.families import FAMILIES
+from balcap_mega.models.families.interface import Decoder
+from balcap_mega.models.huggingface.table import Block
 from balcap_mega.rollout.refit.tables import RefitTables, vision_tensors
 from balcap_mega.rollout.refit.transfers import find_transfers
 
@@ -18,10 +20,10 @@ def qwen(**changes) -> Architecture:
         spatial_merge_size=2, out_hidden_size=64,
     )  # fmt: skip
     values = dict(
-        family="qwen2_5_vl", num_layers=10, hidden_size=64, ffn_hidden_size=192, num_attention_heads=16, num_kv_heads=4,
-        head_dim=4, vocab_size=1003, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4,
-        mrope_section=(1, 1, 0), qkv_bias=True, tie_word_embeddings=False, image_token_id=1,
-        vision=SimpleNamespace(vision_config=vision),
+        family=FAMILIES["qwen2_5_vl"], num_layers=10, hidden_size=64, ffn_hidden_size=192, num_attention_heads=16,
+        num_kv_heads=4, head_dim=4, vocab_size=1003, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4,
+        decoder=Decoder(rotary_axes=(0, 1), qkv_bias=True), tie_word_embeddings=False, image_token_id=1,
+        config=SimpleNamespace(vision_config=vision),
     )  # fmt: skip
     return Architecture(**values | changes)
 

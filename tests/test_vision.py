@@ -5,13 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from balcap_mega.models.vision import (
-    LlavaVisionTower,
-    Qwen2_5_VisionTower,
-    VisionInputs,
-    build_vision_tower,
-    share_out,
-)
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.families.llava import LlavaVisionTower
+from balcap_mega.models.families.qwen2_5_vl import Qwen2_5_VisionTower
+from balcap_mega.models.policy import build_vision_tower
+from balcap_mega.models.vision import VisionInputs, share_out
 
 GRIDS = ((1, 10, 26), (1, 16, 16), (1, 22, 8), (1, 2, 4))  # whole windows are 8 x 8 patches; the others are cut
 
@@ -36,7 +34,7 @@ def test_windows_batched_by_length_change_nothing(tiny_checkpoint):
 def test_bfloat16_rounds_weights_but_not_positions(tiny_checkpoint):
     folder = tiny_checkpoint("qwen2_5_vl")
     expected_tower = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).model.visual
-    tower = build_vision_tower(AutoConfig.from_pretrained(folder), torch.bfloat16)
+    tower = build_vision_tower(Architecture.from_folder(folder), torch.bfloat16)
     assert {parameter.dtype for parameter in tower.parameters()} == {torch.bfloat16}
     for name, buffer in tower.visual.named_buffers():
         assert torch.equal(buffer, expected_tower.get_buffer(name)), name

@@ -4,7 +4,7 @@ All of them read only, so every rank runs them, before any process group, model 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,27 @@ from balcap_mega.errors import UserError
 
 RESOLVED_CONFIG = "config.yaml"  # `dump_config` of the run an output folder holds
 LOCK_FILE = "lock"  # a run's first file, with the config's `.partial`: all that one killed at its start leaves behind
-ARCHITECTURES = ("qwen2_5_vl", "llava")  # `model_type` of a Hugging Face config.json
 PROCESSOR_FILES = (  # in each row, one of them
     ("tokenizer_config.json",),
     ("preprocessor_config.json", "processor_config.json"),  # transformers before and since version 5
 )
 
 
-def preflight(config: RunConfig, world_size: int) -> bool:
+def preflight(config: RunConfig, world_size: int, families: Collection[str]) -> bool:
     """Check a run before any work; return whether `config.output_dir` holds this very run, to be gone on with.
 
+    families: the names of the model families that can be trained
     Raises UserError naming the key, its value and the remedy.
     """
     check_batch(config, world_size)
     check_device(config)
     check_data(config.data)
+    if config.model.tiny is not None and config.model.tiny not in families:
+        raise UserError(
+            f"model.tiny={config.model.tiny} is no model family", remedy=f"use one of: {', '.join(families)}"
+        )
     if config.model.path is not None:
-        check_model(config.model, config.parallel, config.rollout)
+        check_model(config.model, config.parallel, config.rollout, families)
     return check_output(config)
 
 
@@ -135,8 +139,10 @@ def check_data(data: DataConfig) -> None:
         )
 
 
-def check_model(model: ModelConfig, parallel: ParallelConfig, rollout: RolloutConfig) -> None:
-    """Is `model.path` a whole Hugging Face checkpoint of a known architecture, which the parallel sizes can cut?"""
+def check_model(
+    model: ModelConfig, parallel: ParallelConfig, rollout: RolloutConfig, families: Collection[str]
+) -> None:
+    """Is `model.path` a whole Hugging Face checkpoint of a known family, which the parallel sizes can cut?"""
     folder, key = Path(model.path), f"model.path={model.path}"
     try:
         config = from_json((folder / "config.json").read_bytes())
@@ -147,9 +153,9 @@ def check_model(model: ModelConfig, parallel: ParallelConfig, rollout: RolloutCo
     except ValueError as error:
         raise UserError(f"{key}: config.json is not valid JSON: {error}", remedy="download the model again") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in ARCHITECTURES:
+    if kind not in families:
         raise UserError(
-            f"{key} is of architecture {kind!r}", remedy=f"give a checkpoint of one of: {', '.join(ARCHITECTURES)}"
+            f"{key} is of architecture {kind!r}", remedy=f"give a checkpoint of one of: {', '.join(families)}"
         )
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{key} holds no *.safetensors", remedy="convert it: model.save_pretrained(folder)")

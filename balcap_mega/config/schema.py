@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """The policy: a Hugging Face folder, or a small random one made on the spot for the CPU quickstart and tests."""
 
     path: str | None = None
-    tiny: Literal["qwen2_5_vl", "llava"] | None = None
+    tiny: str | None = None  # a family of balcap_mega/models/families, by name
     freeze_vision: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
@@ -39,7 +39,7 @@ class ModelConfig(Section):
         if (self.path is None) == (self.tiny is None):
             raise ValueError(
                 f"path={self.path} and tiny={self.tiny}; set exactly one of model.path (a Hugging Face folder) and "
-                "model.tiny (qwen2_5_vl or llava), the other to null"
+                "model.tiny (the name of a model family), the other to null"
             )
         return self
 

@@ -10,6 +10,7 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.huggingface.files import check_checkpoint as check_tensors
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.rewards.mllm.judge import MllmJudge
@@ -74,13 +75,13 @@ def check_judge(config: RunConfig, endpoint: JudgeEndpoint, records: list[Captio
 @check("checkpoint")
 def check_checkpoint(config: RunConfig) -> Finding:
     """Is every tensor there, whole, in its shape, and can the layout cut it? Reads headers only."""
-    check_model(config.model, config.parallel, config.rollout)
+    check_model(config.model, config.parallel, config.rollout, FAMILIES)
     architecture = Architecture.from_folder(config.model.path)
     architecture.check_layout(config.parallel)
     stored = check_tensors(config.model.path, architecture)
     size = sum(math.prod(tensor.shape) for tensor in stored.values()) / 1e9
     files = len({tensor.file for tensor in stored.values()})
-    return ok(f"{architecture.family}, {size:.2f} billion parameters in {files} files")
+    return ok(f"{architecture.family.name}, {size:.2f} billion parameters in {files} files")
 
 
 def count_parameters(folder: str) -> int | None:

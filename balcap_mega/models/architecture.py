@@ -1,11 +1,11 @@
 """What a Hugging Face folder's config.json says about a policy, typed; and the Megatron config that follows from it.
 
-Both families are covered at every size by configuration alone: Qwen2.5-VL (3B to 72B) and LLaVA-1.5 (7B, 13B).
+What all families have in common is read here, what is particular to one by its `Family`.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,12 +15,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig
 from balcap_mega.errors import UserError
+from balcap_mega.models.families import FAMILIES
+from balcap_mega.models.families.interface import Decoder, Family
 from balcap_mega.parallel.gradients import finalize_gradients
 from balcap_mega.parallel.platform import Platform
-
-Family = Literal["qwen2_5_vl", "llava"]
-TEXT_MODELS: dict[str, tuple[str, ...]] = {"qwen2_5_vl": ("qwen2_5_vl_text",), "llava": ("llama",)}
-
 
 # What transformers raises on values that it checks, and on those it does not check but computes with.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, OSError, StrictDataclassError, TypeError, ValueError)
@@ -62,15 +60,14 @@ class _ConfigFile(_Sizes):
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of the language model, in Hugging Face's terms, and the vision tower's own transformers config.
+    """Sizes of the language model, in Hugging Face's terms, and what else its family makes of its config.json.
 
-    head_dim:       channels of one attention head
-    mrope_section:  how many of the head_dim/2 rotary frequencies follow the temporal, height and width position;
-                    all follow the first one where a family has a single position (LLaVA), which is plain rotary
-    vision:         the whole transformers config, from which the vision tower is built
+    family:    None for a language model alone, which the planner knows
+    head_dim:  channels of one attention head
+    config:    the whole transformers config, from which the family builds its vision tower
     """
 
-    family: Family
+    family: Family | None
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -81,11 +78,10 @@ class Architecture:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, int, int]
-    qkv_bias: bool
+    decoder: Decoder
     tie_word_embeddings: bool
     image_token_id: int
-    vision: PretrainedConfig
+    config: PretrainedConfig
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Architecture":
@@ -99,14 +95,15 @@ class Architecture:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: {key}: {first['msg']}", remedy="download the checkpoint again") from error
-        if model_type not in TEXT_MODELS:
+        if model_type not in FAMILIES:
+            known = " or ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
             raise UserError(
                 f"{path}: model_type={model_type!r} is not a policy this framework trains",
-                remedy="use a Qwen2.5-VL (qwen2_5_vl) or LLaVA-1.5 (llava) checkpoint",
+                remedy=f"use a {known} checkpoint",
             )
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            return cls._from_config(path, model_type, config)
+            return cls._from_config(path, FAMILIES[model_type], config)
         except MALFORMED as error:
             raise UserError(
                 f"{path} is no whole configuration of a {model_type} model ({error})",
@@ -114,24 +111,18 @@ class Architecture:
             ) from error
 
     @classmethod
-    def _from_config(cls, path: Path, model_type: Family, config: PretrainedConfig) -> "Architecture":
+    def _from_config(cls, path: Path, family: Family, config: PretrainedConfig) -> "Architecture":
         text = config.text_config
         rope = text.rope_parameters
-        requirements = {  # what every released checkpoint of the two families is; others would be computed wrongly
-            "text_config.model_type": (text.model_type, TEXT_MODELS[model_type]),
+        requirements = {  # what every released checkpoint of any family is; others would be computed wrongly
+            "text_config.model_type": (text.model_type, family.text_models),
             "text_config.hidden_act": (text.hidden_act, ("silu",)),
             "rope_type": (rope.get("rope_type", "default"), ("default", "mrope")),
             "use_sliding_window": (getattr(text, "use_sliding_window", False), (False,)),
             "mlp_bias": (getattr(text, "mlp_bias", False), (False,)),
             "text_config.attention_bias": (getattr(text, "attention_bias", False), (False,)),
         }
-        if model_type == "llava":
-            requirements |= {
-                "vision_config.model_type": (config.vision_config.model_type, ("clip_vision_model",)),
-                "vision_feature_select_strategy": (config.vision_feature_select_strategy, ("default",)),
-                "type of vision_feature_layer": (type(config.vision_feature_layer).__name__, ("int",)),
-            }
-        for key, (value, supported) in requirements.items():
+        for key, (value, supported) in (requirements | family.requirements(config)).items():
             if value not in supported:
                 raise UserError(
                     f"{path}: {key}={value!r} is not supported",
@@ -139,7 +130,7 @@ class Architecture:
                 )
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
-            family=model_type,
+            family=family,
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             ffn_hidden_size=text.intermediate_size,
@@ -150,11 +141,10 @@ class Architecture:
             max_position_embeddings=text.max_position_embeddings,
             rms_norm_eps=text.rms_norm_eps,
             rope_theta=rope["rope_theta"],
-            mrope_section=tuple(rope["mrope_section"]) if model_type == "qwen2_5_vl" else (head_dim // 2, 0, 0),
-            qkv_bias=model_type == "qwen2_5_vl",
+            decoder=family.decoder(config),
             tie_word_embeddings=bool(config.tie_word_embeddings),
             image_token_id=config.image_token_id,
-            vision=config,
+            config=config,
         )
 
     def padded_vocab_size(self, tensor_size: int) -> int:
@@ -197,6 +187,14 @@ class Architecture:
                 f"parallel.pipeline={pipeline} is more than the model's {self.num_layers} layers",
                 remedy=f"use at most {self.num_layers}",
             )
+        first_stage = self.layers_per_stage(pipeline)[0]
+        if first_stage < self.decoder.deepstack:
+            fits = [size for size in range(1, pipeline) if self.layers_per_stage(size)[0] >= self.decoder.deepstack]
+            raise UserError(
+                f"parallel.pipeline={pipeline} leaves {first_stage} of the model's {self.num_layers} layers to the "
+                f"first stage, and image features are added behind each of the first {self.decoder.deepstack}",
+                remedy=f"set parallel.pipeline to at most {max(fits)}",
+            )
 
     def transformer_config(
         self, model: ModelConfig, parallel: ParallelConfig, platform: Platform, **extra: Any
@@ -228,10 +226,10 @@ class Architecture:
             activation_func=torch.nn.functional.silu,
             gated_linear_unit=True,
             add_bias_linear=False,
-            add_qkv_bias=self.qkv_bias,
+            add_qkv_bias=self.decoder.qkv_bias,
+            qk_layernorm=self.decoder.qk_norm,
             hidden_dropout=0.0,
             attention_dropout=0.0,
-            mrope_section=list(self.mrope_section),
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             sequence_parallel=parallel.sequence,

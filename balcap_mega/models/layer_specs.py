@@ -19,9 +19,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from packaging.version import Version
+from torch import Tensor
 
 from balcap_mega.errors import UserError
 from balcap_mega.models.attention import SegmentAttention
+from balcap_mega.models.families.interface import Decoder
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -36,14 +38,28 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def block_spec(config: TransformerConfig, *, transformer_engine: bool) -> TransformerBlockSubmodules:
+class DeepstackLayer(TransformerLayer):
+    """A decoder layer that adds the first of the deepstack features to its output and hands the others on.
+
+    They come as Megatron's `context`, [layers, S, 1, H] like the hidden states, or None when none are left.
+    """
+
+    def forward(self, *arguments, context: Tensor | None = None, **options) -> tuple[Tensor, Tensor | None]:
+        hidden, _ = super().forward(*arguments, **options)
+        if context is None:
+            return hidden, None
+        return hidden + context[0], context[1:] if len(context) > 1 else None
+
+
+def block_spec(config: TransformerConfig, decoder: Decoder, *, transformer_engine: bool) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage and the final norm."""
-    layer, norm = _transformer_engine_layer() if transformer_engine else _local_layer()
+    layer, norm = (_transformer_engine_layer if transformer_engine else _local_layer)(decoder)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
-def _local_layer() -> tuple[ModuleSpec, type]:
-    return _layer(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, norm=RMSNorm, separate_norms=True)
+def _local_layer(decoder: Decoder) -> tuple[ModuleSpec, type]:
+    linears = (ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
+    return _layer(decoder, *linears, norm=RMSNorm, separate_norms=True)
 
 
 def transformer_engine_version() -> Version | None:
@@ -54,7 +70,7 @@ def transformer_engine_version() -> Version | None:
         return None
 
 
-def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
+def _transformer_engine_layer(decoder: Decoder) -> tuple[ModuleSpec, type]:
     """Norms are fused into the linear that follows them; FP8 is switched on by the config around each layer."""
     try:
         import transformer_engine.pytorch  # noqa: F401 (where it does not load, Megatron would go on with a mock of it)
@@ -71,7 +87,7 @@ def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
     class RowLinear(_NoExtraState, TERowParallelLinear):
         pass
 
-    return _layer(ColumnLinear, ColumnLinear, RowLinear, norm=RMSNorm, separate_norms=False)
+    return _layer(decoder, ColumnLinear, ColumnLinear, RowLinear, norm=RMSNorm, separate_norms=False)
 
 
 def _show_cuda_headers() -> None:
@@ -93,15 +109,24 @@ class _NoExtraState:
     set_extra_state = torch.nn.Module.set_extra_state
 
 
-def _layer(qkv: type, fc1: type, row: type, *, norm: type, separate_norms: bool) -> tuple[ModuleSpec, type]:
+def _layer(
+    decoder: Decoder, qkv: type, fc1: type, row: type, *, norm: type, separate_norms: bool
+) -> tuple[ModuleSpec, type]:
     layer_norm = norm if separate_norms else IdentityOp
+    head_norm = norm if decoder.qk_norm else None
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(linear_qkv=qkv, core_attention=SegmentAttention, linear_proj=row),
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=qkv,
+            core_attention=SegmentAttention,
+            linear_proj=row,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
     )
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=DeepstackLayer if decoder.deepstack else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=layer_norm,
             self_attention=attention,

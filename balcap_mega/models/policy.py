@@ -2,11 +2,10 @@
 
 Parameter names (what checkpoints and resharding map from and to):
 
-    vision.visual.*                    Qwen2.5-VL tower, transformers' names; first pipeline stage only
-    vision.vision_tower.*              LLaVA's CLIP tower, transformers' names
-    vision.multi_modal_projector.*     LLaVA's projector
+    vision.*                    the family's vision tower and projector, transformers' names; first pipeline stage only
     language_model.embedding.word_embeddings.weight            [padded_vocab / TP, H]; first stage
     language_model.decoder.layers.{i}.self_attention.linear_qkv.{weight,bias}      i counts from 0 in each stage
+    language_model.decoder.layers.{i}.self_attention.{q,k}_layernorm.weight    [head_dim], where the family has them
     language_model.decoder.layers.{i}.self_attention.linear_proj.weight
     language_model.decoder.layers.{i}.mlp.linear_fc1.weight    gate and up, [2 * F / TP, H]
     language_model.decoder.layers.{i}.mlp.linear_fc2.weight
@@ -43,7 +42,8 @@ from balcap_mega.config.schema import ModelConfig, ParallelConfig
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.fp8 import check_fp8, check_fp8_machine, fp8_options
 from balcap_mega.models.layer_specs import block_spec, transformer_engine_version
-from balcap_mega.models.vision import VisionInputs, build_vision_tower, encode_images
+from balcap_mega.models.rotary import MultimodalRotary
+from balcap_mega.models.vision import VisionInputs, VisionTower, encode_images
 from balcap_mega.parallel.gradients import PARTIAL_OVER_TENSOR_PARALLEL
 from balcap_mega.parallel.groups import current_layout
 from balcap_mega.parallel.platform import Platform, calls_megatron
@@ -57,7 +57,15 @@ Rows of the weight at and above `Architecture.vocab_size` are padding and must b
 
 
 class LanguageModel(GPTModel):
-    """Megatron's GPTModel whose last stage hands hidden states to an objective instead of making logits."""
+    """Megatron's GPTModel whose last stage hands hidden states to an objective instead of making logits.
+
+    Its rotary embedding is ours, and `deepstack` features ride through the decoder as Megatron's `context`, whose
+    gradient survives recomputation; layers that are no `DeepstackLayer` leave it alone.
+    """
+
+    def __init__(self, architecture: Architecture, *arguments, **options):
+        super().__init__(*arguments, position_embedding_type="none", **options)
+        self.rotary_pos_emb = MultimodalRotary(architecture.decoder, architecture.head_dim, architecture.rope_theta)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[1, S] ids -> [S, 1, H] embeddings of all S tokens, on every tensor-parallel rank."""
@@ -66,6 +74,7 @@ class LanguageModel(GPTModel):
     def forward(
         self,
         embeddings: Tensor | None,
+        deepstack: Tensor | None,
         position_ids: Tensor,
         segments: Tensor,
         hidden_rows: Tensor,
@@ -75,7 +84,8 @@ class LanguageModel(GPTModel):
         hidden = self.decoder(
             hidden_states=embeddings,  # None after the first stage: the schedule has set the input tensor
             attention_mask=segments,
-            rotary_pos_emb=self.rotary_pos_emb(position_ids, self.mrope_section),
+            context=deepstack,
+            rotary_pos_emb=self.rotary_pos_emb(position_ids),
         )
         if not self.post_process:
             return hidden
@@ -108,21 +118,20 @@ class VisionLanguagePolicy(MegatronModule):
         self.freeze_vision = freeze_vision
         self.transformer_engine = transformer_engine
         self._frozen_embeddings: WeakKeyDictionary[VisionInputs, Tensor] = WeakKeyDictionary()
-        self.vision = build_vision_tower(architecture.vision, config.params_dtype) if layout.is_first_stage else None
+        self.vision = build_vision_tower(architecture, config.params_dtype) if layout.is_first_stage else None
         if self.vision is not None:
             for parameter in self.vision.parameters():
                 parameter.requires_grad_(parameter.requires_grad and not freeze_vision)
                 setattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, True)  # each TP rank encodes its share of the images
         self.language_model = LanguageModel(
+            architecture,
             config,
-            block_spec(config, transformer_engine=transformer_engine),
+            block_spec(config, architecture.decoder, transformer_engine=transformer_engine),
             vocab_size=architecture.padded_vocab_size(layout.tensor_size),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=self.pre_process,
             post_process=self.post_process,
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="mrope",
-            rotary_base=architecture.rope_theta,
             scatter_embedding_sequence_parallel=False,  # image embeddings go in first
         )
 
@@ -144,12 +153,16 @@ class VisionLanguagePolicy(MegatronModule):
         objective:    called on the last stage only; its result is returned there
         images:       the images of the row's runs of image tokens, in order; one that appears again is encoded once
         """
-        embeddings = self._embed(tokens, images) if self.pre_process else None
-        return self.language_model(embeddings, position_ids, segments, hidden_rows, objective)
+        embeddings, deepstack = self._embed(tokens, images) if self.pre_process else (None, None)
+        return self.language_model(embeddings, deepstack, position_ids, segments, hidden_rows, objective)
 
-    def _embed(self, tokens: Tensor, images: Sequence[VisionInputs]) -> Tensor:
-        """[1, S] ids -> [S, 1, H] embeddings with images in place; [S / TP, 1, H] under sequence parallelism."""
+    def _embed(self, tokens: Tensor, images: Sequence[VisionInputs]) -> tuple[Tensor, Tensor | None]:
+        """[1, S] ids -> [S, 1, H] embeddings with images in place; [S / TP, 1, H] under sequence parallelism.
+
+        And what `DeepstackLayer` adds, zero where no image stands: [layers, S, 1, H], or cut over TP likewise.
+        """
         embeddings = self.language_model.embed(tokens)
+        deepstack = None
         if images:
             places = (tokens[0] == self.architecture.image_token_id).nonzero()[:, 0]
             features = torch.cat(self._encode(images))
@@ -157,13 +170,17 @@ class VisionLanguagePolicy(MegatronModule):
                 raise ValueError(
                     f"{len(places)} image tokens in the row, but {len(features)} image embeddings for them"
                 )
-            embeddings = embeddings.index_copy(0, places, features.unsqueeze(1).to(embeddings.dtype))
+            features = features.to(embeddings.dtype).unflatten(1, (-1, embeddings.shape[-1])).transpose(0, 1)
+            if len(features) > 1:
+                deepstack = [_at_places(layer, places, embeddings) for layer in features[1:]]
+            embeddings = embeddings.index_copy(0, places, features[0].unsqueeze(1))
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
-        return embeddings
+            deepstack = deepstack and [scatter_to_sequence_parallel_region(layer) for layer in deepstack]
+        return embeddings, torch.stack(deepstack) if deepstack else None
 
     def _encode(self, images: Sequence[VisionInputs]) -> list[Tensor]:
-        """[tokens_i, hidden] embeddings of each image.
+        """[tokens_i, width] embeddings of each image.
 
         A frozen tower's are kept for as long as their `VisionInputs` lives: the logprob passes and updates of a step
         share them. A trained tower encodes the distinct images of every row anew, for their gradient.
@@ -183,6 +200,19 @@ class VisionLanguagePolicy(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Asked for by Megatron, which sums the gradients of a tied embedding's two copies at PP > 1."""
         return self.language_model.shared_embedding_or_output_weight()
+
+
+def build_vision_tower(architecture: Architecture, dtype: torch.dtype) -> VisionTower:
+    """The family's tower, its weights of that dtype and not yet read."""
+    tower = architecture.family.vision_tower(architecture.config)
+    for parameter in tower.parameters():  # `tower.to(dtype)` would round the rotary frequencies, a buffer, as well
+        parameter.data = parameter.data.to(dtype)
+    return tower
+
+
+def _at_places(features: Tensor, places: Tensor, embeddings: Tensor) -> Tensor:
+    """[S, 1, H] like `embeddings`: the rows of [n, H] `features` at the n places, zero elsewhere."""
+    return torch.zeros_like(embeddings).index_copy(0, places, features.unsqueeze(1))
 
 
 @calls_megatron

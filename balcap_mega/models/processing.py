@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.torchvision_operators import declare_torchvision_operators
 from balcap_mega.models.vision import VisionInputs
 
@@ -52,6 +53,7 @@ class PromptProcessor:
                 remedy="the folder needs the tokenizer and preprocessor files that the checkpoint was published with",
             ) from error
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self._family = FAMILIES[self._config.model_type]
         self._tokenizer = self._processor.tokenizer
         self.eos_token_ids = _eos_token_ids(Path(folder), self._tokenizer.eos_token_id)
         self.banned_token_ids = self._media_token_ids()
@@ -66,11 +68,7 @@ class PromptProcessor:
             text=[self.prompt_text(record.prompt) for record in records],
             images=[record.image.convert("RGB") for record in records],
         )
-        pixels, grids = inputs["pixel_values"], inputs.get("image_grid_thw")
-        if grids is None:
-            images = [VisionInputs(image[None]) for image in pixels]
-        else:
-            images = [VisionInputs(*image) for image in zip(pixels.split(grids.prod(dim=1).tolist()), grids.split(1))]
+        images = self._family.images(inputs)
         token_ids = [torch.tensor(row) for row in inputs["input_ids"]]
         return [
             ProcessedPrompt(tuple(row.tolist()), self.position_ids(row, image.image_grid_thw), image)
@@ -90,14 +88,8 @@ class PromptProcessor:
         }
 
     def position_ids(self, token_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
-        """[3, S] rotary positions of [S] tokens holding the images of `image_grid_thw` ([n, 3]; None for LLaVA)."""
-        if self._config.model_type != "qwen2_5_vl" or image_grid_thw is None:
-            return torch.arange(len(token_ids)).repeat(3, 1)
-        return mrope_position_ids(
-            token_ids == self._config.image_token_id,
-            image_grid_thw,
-            self._config.vision_config.spatial_merge_size,
-        )
+        """[3, S] rotary positions of [S] tokens holding the images of `image_grid_thw` ([n, 3], or None)."""
+        return self._family.position_ids(self._config, token_ids, image_grid_thw)
 
     def encode_caption(self, caption: str) -> tuple[int, ...]:
         """A supervised target: the caption's tokens and the end-of-sequence token.
@@ -120,35 +112,8 @@ class PromptProcessor:
     def _media_token_ids(self) -> tuple[int, ...]:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         ids = {getattr(self._config, name, None) for name in names} - {None}
-        pad = self._tokenizer.get_vocab().get("<|vision_pad|>")
-        return tuple(sorted(ids | ({pad} if pad is not None else set())))
-
-
-def mrope_position_ids(is_image: Tensor, image_grid_thw: Tensor, spatial_merge_size: int) -> Tensor:
-    """Multimodal rotary positions of Qwen2.5-VL (section 2.1.3 of arXiv 2409.12191, still images).
-
-    Text advances all three positions together. An image's tokens share the position that comes next in time and count
-    up from it by row and by column; the text behind goes on from their largest.
-
-    is_image:       [S] bool
-    image_grid_thw: [n, 3] patches of each image in time, height and width
-    Returns [3, S] int64.
-    """
-    total = len(is_image)
-    positions = torch.empty(3, total, dtype=torch.int64)
-    done, following = 0, 0
-    for time, height, width in image_grid_thw.tolist():
-        rows, columns = height // spatial_merge_size, width // spatial_merge_size
-        start = done + int(is_image[done:].int().argmax())
-        stop = start + time * rows * columns
-        positions[:, done:start] = torch.arange(following, following + start - done)
-        following += start - done
-        grid = torch.meshgrid(torch.arange(time), torch.arange(rows), torch.arange(columns), indexing="ij")
-        positions[:, start:stop] = following + torch.stack([axis.flatten() for axis in grid])
-        following += max(rows, columns)
-        done = stop
-    positions[:, done:] = torch.arange(following, following + total - done)
-    return positions
+        vocabulary = self._tokenizer.get_vocab()
+        return tuple(sorted(ids | {vocabulary[token] for token in self._family.media_tokens if token in vocabulary}))
 
 
 def _eos_token_ids(folder: Path, tokenizer_eos: int) -> tuple[int, ...]:

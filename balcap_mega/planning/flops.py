@@ -1,9 +1,6 @@
 """Floating-point work of a policy, by its parts; a multiply-add is two."""
 
-import math
-
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface.tensors import vision_shapes
 from balcap_mega.planning.workload import Work
 
 
@@ -42,21 +39,4 @@ def vision_forward(architecture: Architecture, image_tokens: int) -> float:
     """Of the vision tower and what projects it, for one image of that many embeddings."""
     if not image_tokens:
         return 0.0
-    config = architecture.vision.vision_config
-    shapes = vision_shapes(architecture)
-    if architecture.family == "llava":
-        depth = architecture.vision.vision_feature_layer % (config.num_hidden_layers + 1)
-        patches, full_layers, window = image_tokens + 1, depth, 0
-    else:
-        patches, full_layers = image_tokens * config.spatial_merge_size**2, len(config.fullatt_block_indexes)
-        depth, window = config.depth, (config.window_size // config.patch_size) ** 2
-    flops = 0.0
-    for name, shape in shapes.items():
-        if len(shape) < 2 or "position_embedding" in name:
-            continue
-        if ".layers." in name and int(name.split(".layers.")[1].split(".")[0]) >= depth:
-            continue  # LLaVA reads an earlier layer; what follows is never run
-        merged = "merger" in name or "projector" in name
-        flops += 2 * math.prod(shape) * (image_tokens if merged else patches)
-    pairs = full_layers * patches**2 + (depth - full_layers) * patches * window
-    return flops + 4 * config.hidden_size * pairs
+    return architecture.family.vision_flops(architecture.config, image_tokens)

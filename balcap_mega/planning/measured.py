@@ -123,13 +123,7 @@ def _predict(row: Mapping[str, Any]) -> Plan:
 
 
 def _released(model: str, layers: int) -> dict[str, Any]:
-    """The released model that the benchmark calls `model` (qwen2_5_vl_3b), with that many decoder layers."""
-
-    def plain(name: str) -> str:
-        return "".join(filter(str.isalnum, name.lower()))
-
-    for name, config in RELEASED.items():
-        if plain(name) == plain(model):
-            text = config.get("text_config", config) | {"num_hidden_layers": layers}
-            return config | {"text_config": text} if "text_config" in config else text
-    raise ValueError(f"{model} is no released model")
+    """config.json of a released model, with that many decoder layers."""
+    config = RELEASED[model]
+    text = config.get("text_config", config) | {"num_hidden_layers": layers}
+    return config | {"text_config": text} if "text_config" in config else text

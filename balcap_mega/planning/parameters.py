@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface.mapping import Block, megatron_blocks, vllm_blocks
+from balcap_mega.models.huggingface.mapping import megatron_blocks, vllm_blocks
+from balcap_mega.models.huggingface.table import Block
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class ParameterCounts:
         return StageParameters(sizes["vision"], sizes["embedding"], sizes["decoder"], sizes["output_layer"])
 
     def _engine(self, tensor: int) -> int:
-        """Of one rank of a vLLM engine. Vision towers of Qwen2.5-VL are whole on each."""
-        whole_vision = self.architecture.family == "qwen2_5_vl" and tensor > 1
+        """Of one rank of a vLLM engine."""
+        whole_vision = self.architecture.family.vision_data_parallel and tensor > 1
         blocks = vllm_blocks(self.architecture, tensor_rank=0, tensor_size=tensor, vision_data_parallel=whole_vision)
         return sum(map(_elements, blocks))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.families.interface import Decoder
 from balcap_mega.planning.compute import Compute
 from balcap_mega.planning.flops import attention_forward, head_weights, layer_weights
 from balcap_mega.planning.generation import Generation, cache_bytes_per_token
@@ -44,7 +45,7 @@ def text_model(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vo
     """A language model without a vision tower. A GPT's two-matrix MLP of width 4·h is a gated one of width 8·h/3: the
     same parameters, FLOPs and bytes."""
     return Architecture(
-        family="qwen2_5_vl",
+        family=None,
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
@@ -55,11 +56,10 @@ def text_model(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vo
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         rope_theta=1e6,
-        mrope_section=(64, 0, 0),
-        qkv_bias=False,
+        decoder=Decoder(rotary_axes=(0,) * 64),
         tie_word_embeddings=False,
         image_token_id=0,
-        vision=None,
+        config=None,
     )
 
 

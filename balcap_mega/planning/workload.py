@@ -17,9 +17,6 @@ TEXT_TOKENS = 30
 CAPTION_TOKENS = 175
 """Mean length of a detailed caption, where nothing was measured."""
 
-QWEN_IMAGE_TOKENS = 1280
-"""A square megapixel image at 28 x 28 pixels a token, where nothing was measured."""
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -55,10 +52,7 @@ class Workload:
     ) -> "Workload":
         """The step that `config` asks for; `image_tokens` and `caption_tokens` are assumed where not given."""
         if image_tokens is None:
-            image_tokens = QWEN_IMAGE_TOKENS
-            if architecture.family == "llava":
-                vision = architecture.vision.vision_config
-                image_tokens = (vision.image_size // vision.patch_size) ** 2
+            image_tokens = architecture.family.image_tokens(architecture.config)
         updates = config.optimizer.updates_per_step
         return cls(
             prompts=config.rollout.prompts_per_step,

@@ -75,9 +75,8 @@ class RolloutEngine:
         self.seed = seed
         self.sleeps = sleeps and device.type == "cuda"
         self.processor = PromptProcessor(model_folder)
-        # Vision layers of Qwen2.5-VL cannot be cut evenly at every size; whole images go to single ranks instead.
         architecture = Architecture.from_folder(model_folder)
-        self.vision_data_parallel = architecture.family == "qwen2_5_vl" and config.tensor_parallel > 1
+        self.vision_data_parallel = architecture.family.vision_data_parallel and config.tensor_parallel > 1
         self._vllm = import_vllm()
         _register_weight_transfer()
         with process_state_kept(device):
@@ -85,7 +84,7 @@ class RolloutEngine:
             if self.sleeps:
                 arguments["enable_sleep_mode"] = True
             if config.fp8:
-                arguments |= fp8_arguments(architecture.num_layers)
+                arguments |= fp8_arguments(architecture)
             if self.vision_data_parallel:
                 arguments["mm_encoder_tp_mode"] = "data"
             self.llm = _offline_engine(self._vllm.EngineArgs(**arguments))
@@ -273,13 +272,13 @@ def engine_arguments(
     return arguments
 
 
-def fp8_arguments(num_layers: int) -> dict[str, Any]:
+def fp8_arguments(architecture: Architecture) -> dict[str, Any]:
     """Have vLLM quantise the decoder's linears as it loads them, but for those that `model.fp8` leaves in bfloat16 too.
 
     A scale for each output channel of a weight and, as it comes, for each token.
     """
-    ends = "|".join(str(layer) for layer in sorted({0, num_layers - 1}))
-    unquantised = ["visual", "vision_tower", "multi_modal_projector", rf"layers\.({ends})"]
+    ends = "|".join(str(layer) for layer in sorted({0, architecture.num_layers - 1}))
+    unquantised = [*architecture.family.vision_modules, rf"layers\.({ends})"]
     return {
         "quantization": "fp8_per_channel",
         "quantization_config": {"ignore": [rf"re:(.*\.)?{name}\..*" for name in unquantised]},

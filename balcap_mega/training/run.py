@@ -11,6 +11,7 @@ from balcap_mega.config.preflight import preflight
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.sources import build_datasets
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.parallel.groups import ModelLayout, initialize_parallel, world_size
@@ -33,7 +34,7 @@ def run(config: RunConfig) -> None:
 
     SIGINT, SIGTERM and SIGUSR1 end it before its next update, with a checkpoint. Raises UserError for bad input.
     """
-    resuming = preflight(config, world_size())
+    resuming = preflight(config, world_size(), FAMILIES)
     end_with_launcher()
     stop = StopRequest(config.checkpoint.grace_seconds)
     platform = Platform.resolve(config.parallel.device)

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from balcap_mega.models.families.qwen_vl import mrope_position_ids
 from balcap_mega.models.policy import VisionLanguagePolicy
-from balcap_mega.models.processing import mrope_position_ids
 from balcap_mega.models.vision import VisionInputs
 from balcap_mega.packing.assign import Piece
 from balcap_mega.packing.build import PackingGroup, build_row
@@ -61,7 +61,7 @@ def make_case(folder, *, pad_to: int = 4) -> Case:
         prompt = dict(processor(text=[text], images=pictures or None, return_tensors="pt"))
         prompt.pop("attention_mask")
         tokens, grid = prompt["input_ids"][0], prompt.get("image_grid_thw")
-        if config.model_type == "qwen2_5_vl" and grid is not None:
+        if grid is not None:
             positions = mrope_position_ids(tokens == config.image_token_id, grid, 2)
             patches = prompt["pixel_values"].split(grid.prod(1).tolist())
             images.append([VisionInputs(pixels, row[None]) for pixels, row in zip(patches, grid, strict=True)])

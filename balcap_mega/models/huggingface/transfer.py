@@ -23,7 +23,8 @@ from torch import Tensor
 
 from balcap_mega.errors import UserError
 from balcap_mega.models.huggingface.files import INDEX_FILE, check_checkpoint
-from balcap_mega.models.huggingface.mapping import Block, megatron_blocks
+from balcap_mega.models.huggingface.mapping import megatron_blocks
+from balcap_mega.models.huggingface.table import Block
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.policy import VisionLanguagePolicy
 from balcap_mega.parallel.groups import current_layout

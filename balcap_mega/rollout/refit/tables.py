@@ -4,7 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface.mapping import Block, megatron_blocks, vllm_blocks
+from balcap_mega.models.huggingface.mapping import megatron_blocks, vllm_blocks
+from balcap_mega.models.huggingface.table import Block
 from balcap_mega.models.huggingface.tensors import vision_shapes
 from balcap_mega.rollout.refit.transfers import Transfers, find_transfers
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from balcap_mega.models.huggingface.mapping import Block, Span
+from balcap_mega.models.huggingface.table import Block, Span
 
 
 @dataclass(frozen=True)
