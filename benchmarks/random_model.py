@@ -15,7 +15,7 @@ from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.released import RELEASED
 from balcap_mega.models.tiny import write_tiny_checkpoint
-from balcap_mega.parallel.groups import current_layout
+from balcap_mega.parallel.groups import process_grid
 from balcap_mega.training.learner import Learner
 
 TINY = "tiny"
@@ -74,7 +74,7 @@ def _write_hole(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 def randomise(learner: Learner, seed: int = 0) -> None:
     """Fill the weights as at an initialisation, norms 1 and biases 0; alike on all ranks that hold the same ones."""
-    tensor_rank = current_layout().tensor_rank
+    tensor_rank = process_grid().tensor_rank
     with torch.no_grad():
         for number, (name, parameter) in enumerate(learner.policy.named_parameters()):
             if parameter.ndim == 1:

@@ -45,7 +45,7 @@ from balcap_mega.models.attention_backends.pattern import attention_pattern
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.released import RELEASED
 from balcap_mega.models.tiny import write_tiny_checkpoint
-from balcap_mega.parallel.groups import current_layout, initialize_parallel
+from balcap_mega.parallel.groups import initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
 from balcap_mega.training.batches import BatchBuilder, Prompts
@@ -126,7 +126,7 @@ class Bench:
     def microbatches(self, examples, groups: Sequence[RolloutGroup], *, shared: bool) -> tuple[Microbatch, ...]:
         packing = PackingConfig(row_tokens=4096, shared_prefix=shared)
         hidden_size = self.learner.architecture.hidden_size
-        builder = BatchBuilder(self.processor, packing, current_layout(), hidden_size=hidden_size, pad_to=1)
+        builder = BatchBuilder(self.processor, packing, process_grid(), hidden_size=hidden_size, pad_to=1)
         count = sum(len(group.rollouts) for group in groups)
         values = torch.randn(count, generator=torch.Generator().manual_seed(2))
         advantages = Advantages(values, values[None], torch.zeros(count, dtype=torch.bool))

@@ -26,7 +26,7 @@ from balcap_mega.models.huggingface.mapping import megatron_blocks
 from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
-from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
+from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.training.checkpoint.format import latest_checkpoint, load_checkpoint
 from balcap_mega.training.checkpoint.writer import CheckpointWriter
@@ -44,7 +44,7 @@ class Learner:
         config = ModelConfig(path=str(folder), dtype=dtype, freeze_vision=freeze_vision)
         self.policy = build_policy(Architecture.from_folder(folder), config, parallel, self.platform)
         import_checkpoint(folder, self.policy)
-        layout = current_layout()
+        layout = process_grid()
         self.blocks = megatron_blocks(
             self.policy.architecture,
             tensor_rank=layout.tensor_rank,

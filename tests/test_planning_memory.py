@@ -16,7 +16,7 @@ from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.packing.assign import Piece
 from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
-from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
+from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.planning.activations import Activations
 from balcap_mega.planning.hardware import H100
@@ -64,7 +64,7 @@ def held_bytes(folder, keys) -> tuple[tuple[int, int], dict[str, int]]:
         "gradients": sum(p.main_grad.nbytes for p in policy.parameters() if p.requires_grad),
         "optimizer": sum(t.nbytes for t in [*masters, *moments]),
     }
-    layout = current_layout()
+    layout = process_grid()
     destroy_parallel()
     return (layout.pipeline_rank, layout.data_rank), held
 

@@ -12,7 +12,7 @@ from balcap_mega.config.schema import ModelConfig, OptimizerConfig, ParallelConf
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.policy import VisionLanguagePolicy, build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
-from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
+from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.parallel.schedule import run_schedule
 from tests.support.distributed import launch
@@ -42,7 +42,7 @@ def whole_logits(vocab_size: int):
 
 def run_rows(policy, model, case: Case, *, forward_only: bool):
     """This rank's rows through the schedule: [(sequence ids, logits, loss sum)] on the last stage."""
-    layout = current_layout()
+    layout = process_grid()
     vocab_size = policy.architecture.vocab_size
 
     def forward(stage, row):
@@ -127,7 +127,7 @@ def compare(folder, case: Case, reference: dict, parallel: ParallelConfig, **mod
     differences = {}
     with platform.megatron():
         results = run_rows(policy, policy, case, forward_only=True)
-        if current_layout().is_last_stage:
+        if process_grid().is_last_stage:
             differences["logits"] = largest_logit_difference(results, reference["logits"])
         model = wrap_ddp(policy, parallel)
         optimizer = build_optimizer(model, OPTIMIZER, parallel)
@@ -152,7 +152,7 @@ def compare(folder, case: Case, reference: dict, parallel: ParallelConfig, **mod
             relative(parameter, expected_shard(policy, name, parameter, reference["after"]))
             for name, parameter in policy.named_parameters()
         )
-    layout = current_layout()
+    layout = process_grid()
     if layout.is_last_stage:
         tokens = sum(len(caption) for group in case.groups for caption in group.captions)
         sums = torch.tensor(losses, dtype=torch.float64) / tokens

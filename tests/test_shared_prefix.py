@@ -21,7 +21,7 @@ from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.packing.assign import assign_rows
 from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.parallel.gradients import wrap_ddp
-from balcap_mega.parallel.groups import current_layout, destroy_parallel, initialize_parallel
+from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.parallel.schedule import run_schedule
 from tests.support.distributed import launch
@@ -67,7 +67,7 @@ def token_batch(row) -> TokenBatch:
 
 def step(model, architecture, groups, images, *, shared_prefix: bool, fused: bool):
     """(Σ loss, {(sequence, place): logprob}, main gradients) of one step over this rank's rows, and its token count."""
-    layout = current_layout()
+    layout = process_grid()
     pad_to = 2 * layout.tensor_size
     assignment = assign_rows(
         [group.lengths for group in groups],
@@ -142,7 +142,7 @@ def compare(folder, parallel: ParallelConfig) -> dict[str, float]:
             for name in gradients:
                 differences[f"{head}: {name}"] = largest_difference(name, shared[2], gradients)
             assert shared[3] < tokens, "the shared rows are not shorter"
-    if parallel.tensor * parallel.pipeline == torch.distributed.get_world_size() and current_layout().is_last_stage:
+    if parallel.tensor * parallel.pipeline == torch.distributed.get_world_size() and process_grid().is_last_stage:
         assert shared[1].keys() == logprobs.keys()  # both packings stand on this rank, token for token
         differences["logprobs"] = max(abs(shared[1][token] - logprobs[token]) for token in logprobs)
     destroy_parallel()

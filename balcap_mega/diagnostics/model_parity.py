@@ -65,14 +65,14 @@ def compare_with_transformers(model: ModelConfig, parallel: ParallelConfig) -> M
     platform = Platform.resolve(parallel.device)
     architecture = Architecture.from_folder(model.path)
     architecture.check_layout(parallel)
-    layout = initialize_parallel(parallel, platform)
-    batch = _make_batch(PromptProcessor(model.path), pad_to=ROW_MULTIPLE * layout.tensor_size)
+    grid = initialize_parallel(parallel, platform)
+    batch = _make_batch(PromptProcessor(model.path), pad_to=ROW_MULTIPLE * grid.tensor_size)
     policy = build_policy(architecture, model, parallel, platform)
     import_checkpoint(model.path, policy)
     logits = _policy_logits(policy, batch, platform)
     del policy
     differences = torch.zeros(2, device=platform.device)
-    if layout.is_last_stage and layout.tensor_rank == layout.data_rank == 0:
+    if grid.is_last_stage and grid.tensor_rank == grid.data_rank == 0:
         differences += _differences(logits, model, batch, platform).to(platform.device)
     torch.distributed.all_reduce(differences)
     return ModelParity(len(batch.row.targets), *differences.tolist())

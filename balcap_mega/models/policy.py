@@ -45,7 +45,7 @@ from balcap_mega.models.layer_specs import block_spec, transformer_engine_versio
 from balcap_mega.models.rotary import MultimodalRotary
 from balcap_mega.models.vision import VisionInputs, VisionTower, encode_images
 from balcap_mega.parallel.gradients import PARTIAL_OVER_TENSOR_PARALLEL
-from balcap_mega.parallel.groups import current_layout
+from balcap_mega.parallel.groups import process_grid
 from balcap_mega.parallel.platform import Platform, calls_megatron
 
 Objective = Callable[[Tensor, Tensor], Any]
@@ -110,15 +110,15 @@ class VisionLanguagePolicy(MegatronModule):
         self, architecture: Architecture, config: TransformerConfig, *, freeze_vision: bool, transformer_engine: bool
     ):
         super().__init__(config)
-        layout = current_layout()
+        grid = process_grid()
         self.architecture = architecture
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
-        self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
+        self.pre_process, self.post_process = grid.is_first_stage, grid.is_last_stage
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
         self.freeze_vision = freeze_vision
         self.transformer_engine = transformer_engine
         self._frozen_embeddings: WeakKeyDictionary[VisionInputs, Tensor] = WeakKeyDictionary()
-        self.vision = build_vision_tower(architecture, config.params_dtype) if layout.is_first_stage else None
+        self.vision = build_vision_tower(architecture, config.params_dtype) if grid.is_first_stage else None
         if self.vision is not None:
             for parameter in self.vision.parameters():
                 parameter.requires_grad_(parameter.requires_grad and not freeze_vision)
@@ -127,7 +127,7 @@ class VisionLanguagePolicy(MegatronModule):
             architecture,
             config,
             block_spec(config, architecture.decoder, transformer_engine=transformer_engine),
-            vocab_size=architecture.padded_vocab_size(layout.tensor_size),
+            vocab_size=architecture.padded_vocab_size(grid.tensor_size),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=self.pre_process,
             post_process=self.post_process,

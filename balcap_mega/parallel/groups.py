@@ -15,7 +15,7 @@ from balcap_mega.parallel.rendezvous import job_store
 
 
 @dataclass(frozen=True)
-class ModelLayout:
+class ProcessGrid:
     """This rank's place in the tensor x pipeline x data grid, and the grid's extent."""
 
     tensor_rank: int
@@ -55,7 +55,7 @@ def check_world(config: ParallelConfig, world: int) -> None:
 
 def initialize_parallel(
     config: ParallelConfig, platform: Platform, seed: int = 0, *, timeout_seconds: float | None = None
-) -> ModelLayout:
+) -> ProcessGrid:
     """Start torch.distributed (unless it runs already), Megatron's groups and its random generators.
 
     `timeout_seconds` (`config.timeout_seconds` unless given) bounds every collective.
@@ -73,7 +73,7 @@ def initialize_parallel(
             platform.backend, store=store, rank=rank, world_size=world, timeout=timeout
         )
     _initialize_megatron(config, seed, timeout_seconds)
-    return current_layout()
+    return process_grid()
 
 
 @calls_megatron
@@ -86,9 +86,9 @@ def _initialize_megatron(config: ParallelConfig, seed: int, timeout_seconds: flo
     model_parallel_cuda_manual_seed(seed)
 
 
-def current_layout() -> ModelLayout:
+def process_grid() -> ProcessGrid:
     """This rank's place, as Megatron's parallel state has it."""
-    return ModelLayout(
+    return ProcessGrid(
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),

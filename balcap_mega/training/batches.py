@@ -15,7 +15,7 @@ from balcap_mega.models.fp8 import row_multiple
 from balcap_mega.models.processing import ProcessedPrompt, PromptProcessor
 from balcap_mega.packing.assign import GroupLengths, RowAssignment, assign_rows
 from balcap_mega.packing.build import PackingGroup, build_row
-from balcap_mega.parallel.groups import ModelLayout
+from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.rollout.engine import RolloutRequest
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import RolloutGroup, SeenRecord
@@ -62,20 +62,20 @@ class Batches:
 
 
 def batch_builder(
-    processor: PromptProcessor, config: RunConfig, layout: ModelLayout, architecture: Architecture
+    processor: PromptProcessor, config: RunConfig, grid: ProcessGrid, architecture: Architecture
 ) -> "BatchBuilder":
     """The builder whose rows fit the layout: sequence parallelism cuts them evenly, FP8 GEMMs want whole tiles."""
     pad_to = row_multiple(config.model, config.parallel)
-    return BatchBuilder(processor, config.packing, layout, hidden_size=architecture.hidden_size, pad_to=pad_to)
+    return BatchBuilder(processor, config.packing, grid, hidden_size=architecture.hidden_size, pad_to=pad_to)
 
 
 class BatchBuilder:
     """Builds this rank's microbatches; `pad_to` is what a row's length must be a multiple of."""
 
     def __init__(
-        self, processor: PromptProcessor, config: PackingConfig, layout: ModelLayout, *, hidden_size: int, pad_to: int
+        self, processor: PromptProcessor, config: PackingConfig, grid: ProcessGrid, *, hidden_size: int, pad_to: int
     ):
-        self.processor, self.config, self.layout = processor, config, layout
+        self.processor, self.config, self.grid = processor, config, grid
         self.hidden_size, self.pad_to = hidden_size, pad_to
 
     def from_rollouts(
@@ -99,7 +99,7 @@ class BatchBuilder:
             return prompt
 
         bounds = [len(groups) * update // updates for update in range(updates + 1)]
-        shards = (self.layout.data_rank, self.layout.data_size)
+        shards = (self.grid.data_rank, self.grid.data_size)
         packed = [
             self._pack(range(start, stop), prefixes, captions, process, values, shards=shards)
             for start, stop in pairwise(bounds)

@@ -7,7 +7,7 @@ from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.sampler import RecordSampler
 from balcap_mega.models.processing import PromptProcessor
-from balcap_mega.parallel.groups import ModelLayout
+from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.factory import build_judge
 from balcap_mega.rollout.engine import RolloutEngine
@@ -26,7 +26,7 @@ def build_trainer(
     config: RunConfig,
     start: Path,
     dataset: CaptionDataset,
-    layout: ModelLayout,
+    grid: ProcessGrid,
     platform: Platform,
     folder: RunFolder,
     stop: StopRequest,
@@ -60,7 +60,7 @@ def build_trainer(
         judge=build_judge(config.rewards),
         engine=engine,
         replica=Replica.current(config.rollout.tensor_parallel),
-        batches=batch_builder(processor, config, layout, learner.architecture),
+        batches=batch_builder(processor, config, grid, learner.architecture),
         learner=learner,
         refit=build_refit(learner.policy, engine, config.parallel),
         checkpoints=CheckpointWriter(

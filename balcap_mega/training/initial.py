@@ -13,7 +13,7 @@ from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.agreement import from_first_rank
-from balcap_mega.parallel.groups import ModelLayout
+from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.training.batches import batch_builder
 from balcap_mega.training.folder import RunFolder
@@ -43,7 +43,7 @@ def warmed_up_checkpoint(
     initial: Path,
     folder: RunFolder,
     dataset: CaptionDataset,
-    layout: ModelLayout,
+    grid: ProcessGrid,
     platform: Platform,
     on_step: Callable[[int, UpdateResult], None],
 ) -> Path:
@@ -53,7 +53,7 @@ def warmed_up_checkpoint(
     if not from_first_rank(folder.warmed_up.exists()):
         model = config.model.model_copy(update={"freeze_vision": False})
         learner = Learner(initial, model, config.parallel, config.optimizer, config.algorithm, platform)
-        batches = batch_builder(PromptProcessor(initial), config, layout, learner.architecture)
+        batches = batch_builder(PromptProcessor(initial), config, grid, learner.architecture)
         warm_up(learner, batches, dataset, warm_up_target, config.warmup, seed=config.seed, on_step=on_step)
         export_checkpoint(learner.policy, initial, folder.warmed_up)
     return folder.warmed_up

@@ -14,7 +14,7 @@ from balcap_mega.data.sources import build_datasets
 from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.parallel.agreement import from_first_rank
-from balcap_mega.parallel.groups import ModelLayout, initialize_parallel, world_size
+from balcap_mega.parallel.groups import ProcessGrid, initialize_parallel, world_size
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.training.build import build_trainer
 from balcap_mega.training.folder import RunFolder, full_disk_is_named, write_json, write_text
@@ -38,7 +38,7 @@ def run(config: RunConfig) -> None:
     end_with_launcher()
     stop = StopRequest(config.checkpoint.grace_seconds)
     platform = Platform.resolve(config.parallel.device)
-    layout = initialize_parallel(config.parallel, platform, config.seed, timeout_seconds=collective_timeout(config))
+    grid = initialize_parallel(config.parallel, platform, config.seed, timeout_seconds=collective_timeout(config))
     watchdog = Watchdog(stuck_seconds=stuck_seconds(config), silence_seconds=config.parallel.silence_seconds)
     leads = torch.distributed.get_rank() == 0
     folder = RunFolder(Path(config.output_dir))
@@ -46,9 +46,9 @@ def run(config: RunConfig) -> None:
         if leads and not resuming:
             write_text(folder.config, dump_config(config))
         torch.distributed.barrier()
-        console = Console(config, layout, enabled=leads)
+        console = Console(config, grid, enabled=leads)
         try:
-            train(config, folder, layout, platform, console, stop)
+            train(config, folder, grid, platform, console, stop)
         except Stopped as signal:
             console.stopped(str(signal))
 
@@ -56,7 +56,7 @@ def run(config: RunConfig) -> None:
 def train(
     config: RunConfig,
     folder: RunFolder,
-    layout: ModelLayout,
+    grid: ProcessGrid,
     platform: Platform,
     console: Console,
     stop: StopRequest,
@@ -65,9 +65,9 @@ def train(
     phase = PhaseTimer()
     train_set, eval_set = build_datasets(config.data, config.seed)
     with phase("warmup"):
-        start = prepare(config, folder, train_set, layout, platform, console, stop)
+        start = prepare(config, folder, train_set, grid, platform, console, stop)
     with phase("setup"):
-        trainer = build_trainer(config, start, train_set, layout, platform, folder, stop)
+        trainer = build_trainer(config, start, train_set, grid, platform, folder, stop)
         first_step = trainer.resume()
         trainer.refit.run()
     with phase("evaluation"):
@@ -92,7 +92,7 @@ def prepare(
     config: RunConfig,
     folder: RunFolder,
     train_set: CaptionDataset,
-    layout: ModelLayout,
+    grid: ProcessGrid,
     platform: Platform,
     console: Console,
     stop: StopRequest,
@@ -104,7 +104,7 @@ def prepare(
         stop.check(platform.device)
 
     initial = initial_checkpoint(config, folder, train_set)
-    return warmed_up_checkpoint(config, initial, folder, train_set, layout, platform, on_step)
+    return warmed_up_checkpoint(config, initial, folder, train_set, grid, platform, on_step)
 
 
 def evaluation_before(trainer: Trainer, first_step: int, eval_set: CaptionDataset, folder: RunFolder) -> HeldOutResult:

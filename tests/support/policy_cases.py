@@ -15,7 +15,7 @@ from balcap_mega.models.vision import VisionInputs
 from balcap_mega.packing.assign import Piece
 from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.packing.rows import PackedRow
-from balcap_mega.parallel.groups import current_layout
+from balcap_mega.parallel.groups import process_grid
 
 # Image sizes of each prompt (none: text only) and the lengths of its captions.
 PROMPTS = (
@@ -114,7 +114,7 @@ def expected_shard(policy: VisionLanguagePolicy, name: str, parameter: Tensor, s
     """What `parameter` of this rank holds when the whole model is `state`, transformers' state dict."""
     if name.startswith("vision."):
         return state["model." + name.removeprefix("vision.")]
-    architecture, layout = policy.architecture, current_layout()
+    architecture, layout = policy.architecture, process_grid()
     if "word_embeddings" in name or "output_layer" in name:
         tied = architecture.tie_word_embeddings
         key = "model.language_model.embed_tokens.weight" if "word_embeddings" in name or tied else "lm_head.weight"

@@ -27,7 +27,7 @@ from balcap_mega.models.huggingface.mapping import megatron_blocks
 from balcap_mega.models.huggingface.table import Block
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.policy import VisionLanguagePolicy
-from balcap_mega.parallel.groups import current_layout
+from balcap_mega.parallel.groups import process_grid
 from balcap_mega.parallel.progress import progress
 
 SHARD_BYTES = 2 * 2**30
@@ -76,7 +76,7 @@ def export_checkpoint(
     """
     source, folder = Path(source), Path(folder)
     partial = folder.with_name(folder.name + ".partial")
-    layout = current_layout()
+    grid = process_grid()
     is_first_rank = torch.distributed.get_rank() == 0
     verdict = [is_first_rank and folder.exists()]
     torch.distributed.broadcast_object_list(verdict, src=0)
@@ -89,8 +89,8 @@ def export_checkpoint(
 
     dtype = policy.config.params_dtype
     tables = [
-        [_blocks(policy, tensor_rank, pipeline_rank) for tensor_rank in range(layout.tensor_size)]
-        for pipeline_rank in range(layout.pipeline_size)
+        [_blocks(policy, tensor_rank, pipeline_rank) for tensor_rank in range(grid.tensor_size)]
+        for pipeline_rank in range(grid.pipeline_size)
     ]
     shards = plan_shards(
         huggingface_shapes(policy.architecture),
@@ -98,8 +98,8 @@ def export_checkpoint(
         element_size=dtype.itemsize,
         shard_bytes=shard_bytes,
     )
-    if layout.data_rank == 0:
-        _write_stage(policy, partial, shards, tables[layout.pipeline_rank])
+    if grid.data_rank == 0:
+        _write_stage(policy, partial, shards, tables[grid.pipeline_rank])
     torch.distributed.barrier()
     if is_first_rank:
         shapes = huggingface_shapes(policy.architecture)
@@ -138,7 +138,7 @@ def _write_stage(
     policy: VisionLanguagePolicy, folder: Path, shards: list[ShardFile], tables: list[list[Block]]
 ) -> None:
     """Assemble and write this stage's files, as many at a time as it has tensor-parallel ranks, one on each."""
-    layout = current_layout()
+    grid = process_grid()
     parameters, shapes = _matrices(policy), huggingface_shapes(policy.architecture)
     pieces = [defaultdict(list) for _ in tables]
     for rank, table in enumerate(tables):
@@ -155,11 +155,11 @@ def _write_stage(
                     tensors[name] = tensor
         progress.mark()
         if tensors:
-            save_file(tensors, folder / files[layout.tensor_rank].name, metadata={"format": "pt"})
+            save_file(tensors, folder / files[grid.tensor_rank].name, metadata={"format": "pt"})
 
-    mine = [shard for shard in shards if shard.stage == layout.pipeline_rank]
-    for first in range(0, len(mine), layout.tensor_size):
-        write(mine[first : first + layout.tensor_size])
+    mine = [shard for shard in shards if shard.stage == grid.pipeline_rank]
+    for first in range(0, len(mine), grid.tensor_size):
+        write(mine[first : first + grid.tensor_size])
 
 
 def _assemble(
@@ -211,13 +211,13 @@ def _blocks(
     policy: VisionLanguagePolicy, tensor_rank: int | None = None, pipeline_rank: int | None = None
 ) -> list[Block]:
     """The table of a rank of this layout: this one's own unless told."""
-    layout = current_layout()
+    grid = process_grid()
     return megatron_blocks(
         policy.architecture,
-        tensor_rank=layout.tensor_rank if tensor_rank is None else tensor_rank,
-        tensor_size=layout.tensor_size,
-        pipeline_rank=layout.pipeline_rank if pipeline_rank is None else pipeline_rank,
-        pipeline_size=layout.pipeline_size,
+        tensor_rank=grid.tensor_rank if tensor_rank is None else tensor_rank,
+        tensor_size=grid.tensor_size,
+        pipeline_rank=grid.pipeline_rank if pipeline_rank is None else pipeline_rank,
+        pipeline_size=grid.pipeline_size,
         transformer_engine=policy.transformer_engine,
     )
 

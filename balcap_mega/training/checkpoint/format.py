@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from balcap_mega.errors import UserError
-from balcap_mega.parallel.groups import current_layout
+from balcap_mega.parallel.groups import process_grid
 from balcap_mega.parallel.platform import calls_megatron
 from balcap_mega.training.checkpoint.pickles import foreign_content
 from balcap_mega.training.checkpoint.random_state import load_random_state
@@ -153,8 +153,8 @@ def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
 
 def layout_sizes() -> dict[str, int]:
     """The layout as the manifest states it."""
-    layout = current_layout()
-    return {"tensor": layout.tensor_size, "pipeline": layout.pipeline_size, "data": layout.data_size}
+    grid = process_grid()
+    return {"tensor": grid.tensor_size, "pipeline": grid.pipeline_size, "data": grid.data_size}
 
 
 def step_folders(folder: Path, newest: str) -> list[Path]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from balcap_mega.config.schema import RunConfig
-from balcap_mega.parallel.groups import ModelLayout
+from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.training.guard.health import Finding
 from balcap_mega.training.learner import UpdateResult
 
@@ -71,7 +71,7 @@ class Console:
     """Prints on the first rank; does nothing where `enabled` is False."""
 
     def __init__(
-        self, config: RunConfig, layout: ModelLayout, *, enabled: bool = True, file: IO[str] | None = None
+        self, config: RunConfig, grid: ProcessGrid, *, enabled: bool = True, file: IO[str] | None = None
     ) -> None:
         self.config = config
         self._rich = RichConsole(file=file, quiet=not enabled, highlight=False, soft_wrap=True)
@@ -80,7 +80,7 @@ class Console:
         self._lines = 0
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._evaluations: dict[str, Mapping[str, float]] = {}
-        self._header(layout)
+        self._header(grid)
 
     def warmup_step(self, step: int, result: UpdateResult) -> None:
         """About ten lines for the whole warm-up; `step` counts from 0."""
@@ -136,10 +136,10 @@ class Console:
     def finished(self, folder: Path) -> None:
         self._section(f"Done. Everything is in {folder}, the report in {folder / 'report.html'}")
 
-    def _header(self, layout: ModelLayout) -> None:
+    def _header(self, grid: ProcessGrid) -> None:
         self._section("BalCap-Mega")
         facts = run_facts(self.config) | {
-            "layout": f"tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x data {layout.data_size}, "
+            "layout": f"tensor {grid.tensor_size} x pipeline {grid.pipeline_size} x data {grid.data_size}, "
             f"rollout tensor {self.config.rollout.tensor_parallel}"
         }
         for name, fact in facts.items():
