@@ -60,13 +60,13 @@ def count_words(text: str) -> float:
 def _measure(token: str) -> tuple[int, int]:
     """(length, joins): the `PARTS` of what stands between two blanks, and how many more words are joined to it."""
     unspaced, words, joins, separator = 0, [""], 0, ""
-    for character in token:
+    for index, character in enumerate(token):
         kind = _kind(character)
         if isinstance(kind, int):
             unspaced, separator = unspaced + kind, " "
         elif kind == "letter":
             if separator and words[-1]:
-                joins += not _is_one_word(words[-1], separator, token, character)
+                joins += not _is_one_word(words[-1], separator, token[index:])
                 words.append("")
             words[-1] += character
             separator = ""
@@ -78,14 +78,13 @@ def _measure(token: str) -> tuple[int, int]:
     return PARTS + excess, joins
 
 
-def _is_one_word(before: str, separator: str, token: str, after: str) -> bool:
+def _is_one_word(before: str, separator: str, after: str) -> bool:
     """Whether a separator stands within a word: 10:30, 1,000, U.S., don't, l'arbre."""
-    if before[-1].isdigit() and after.isdigit():
+    if before[-1].isdigit() and after[0].isdigit():
         return len(separator) == 1
     if separator in ("'", "\u2019"):
-        rest = token[token.index(separator + after) + 1 :]
-        return len(before) <= 2 or sum(map(str.isalpha, rest)) <= 2
-    return separator == "." and len(before) == 1
+        return len(before) <= 2 or sum(map(str.isalpha, after)) <= 2
+    return separator == "." and len(before) == 1 and not after[1:2].isalpha()
 
 
 def _excess(letters: int) -> int:
