@@ -1,35 +1,34 @@
-"""Score captions with the field's benchmarks, or with BalCapRL's own score.
+"""Score captions with DCScore, CaptionQA, CapArena-Auto or b-CapScore; --help says how.
 
-    J="--judge-url http://host:port/v1 --judge-model NAME"
-    python launch/evaluate.py bcapscore $J --captions captions.json --references references.jsonl --images photos/ \\
-        --output judged.jsonl
-    python launch/evaluate.py dcscore $J --captions captions.jsonl --annotations facts.jsonl --images images/ \\
-        --output results/
-    python launch/evaluate.py captionqa $J --captions captions.json --questions questions.parquet --output answers.json
-    python launch/evaluate.py caparena $J --captions captions.json --battles caparena_auto_600.json \\
-        --images all_images/ --name My-Model --output My-Model.json
-
-With --model DIR the images are captioned first, by vLLM, into the file that --captions names. An interrupted run
-goes on where it stopped.
+The command line stands in `balcap_mega.evaluation.options`, each benchmark in a module of its name beside it.
 """
 
 import argparse
 import asyncio
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from balcap_mega.config.load import validate
-from balcap_mega.config.schema import JudgeEndpoint, RewardConfig
-from balcap_mega.data.files import ImageFileDataset
-from balcap_mega.data.jsonl import DEFAULT_PROMPT, read_jsonl
+from balcap_mega.config.preflight import check_model
+from balcap_mega.config.schema import JudgeEndpoint, ModelConfig, ParallelConfig, RewardConfig, RolloutConfig
+from balcap_mega.data.files import refuse_outside
+from balcap_mega.data.jsonl import read_jsonl
 from balcap_mega.errors import UserError
-from balcap_mega.evaluation import bcapscore, caparena, captionqa, dcscore
+from balcap_mega.evaluation import bcapscore, caparena, captionqa, captionqa_questions, dcscore
+from balcap_mega.evaluation.fingerprint import beside, claim, digest, of_judge, packaged_prompts
+from balcap_mega.evaluation.options import in_options, parse_arguments
+from balcap_mega.evaluation.pictures import CORRUPT, MISSING, Pictures
+from balcap_mega.evaluation.provenance import CaptionsMaker, checkpoint_digest, continued, origin
 from balcap_mega.evaluation.report import progress_bar, write_report
 from balcap_mega.evaluation.session import (
+    Coverage,
     Spending,
     add_to_ledger,
     check,
+    load_prompts,
     read_json,
     write_json,
     write_json_lines,
@@ -37,46 +36,14 @@ from balcap_mega.evaluation.session import (
 from balcap_mega.rewards.mllm.client import ChatClient
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--captions", type=Path, required=True)
-    common.add_argument("--output", type=Path, required=True, help="results, in the benchmark's own format")
-    common.add_argument("--judge-url", required=True, help="an OpenAI-compatible endpoint, http://host:port/v1")
-    common.add_argument("--judge-model", required=True)
-    common.add_argument("--api-key-env", help="the environment variable that holds the endpoint's key")
-    common.add_argument("--concurrency", type=int, default=32)
-    common.add_argument("--timeout", type=int, default=120, help="seconds a request may take")
-    common.add_argument("--max-retries", type=int, default=5)
-    common.add_argument("--price-prompt", type=float, help="US dollars a million prompt tokens")
-    common.add_argument("--price-completion", type=float, help="US dollars a million completion tokens")
-    common.add_argument("--model", type=Path, help="a checkpoint to caption the images with first")
-    common.add_argument("--caption-prompt", default=DEFAULT_PROMPT)
-    common.add_argument("--caption-tokens", type=int, default=512)
-    common.add_argument("--max-model-len", type=int, default=4096)
-    others = argparse.ArgumentParser(add_help=False)
-    others.add_argument("--mend", action="store_true", help="mend the original's quirks (see the benchmark's module)")
-    others.add_argument("--prompts", type=Path, help="a folder of judge prompts to use in place of ours")
-
-    score = benchmarks.add_parser("bcapscore", parents=[common])
-    score.add_argument("--references", type=Path, required=True, help="JSON Lines of image, reference and maybe units")
-    score.add_argument("--images", type=Path, required=True)
-    score = benchmarks.add_parser("dcscore", parents=[common, others])
-    score.add_argument("--annotations", type=Path, required=True, help="human_annotated_oracle_facts.jsonl")
-    score.add_argument("--images", type=Path, required=True)
-    score = benchmarks.add_parser("captionqa", parents=[common, others])
-    score.add_argument("--questions", type=Path, required=True, help="the data set as JSON, JSON Lines or Parquet")
-    score.add_argument("--images", type=Path, help="images named by their id; needed with --model")
-    score.add_argument("--seed", type=int, default=0)
-    score.add_argument("--max-tokens", type=int, default=4)
-    score = benchmarks.add_parser("caparena", parents=[common, others])
-    score.add_argument("--battles", type=Path, required=True, help="caparena_auto_600.json")
-    score.add_argument("--images", type=Path, required=True)
-    score.add_argument("--name", required=True, help="the model's name in the results")
-    score.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+BAD_INPUT, TOO_MUCH_UNJUDGED = 2, 3  # exit statuses
+ASK_AGAIN = "run the same command again to ask for the rest once more"
+REMEDIES = {
+    MISSING: "complete the pictures, and run the same command again",
+    CORRUPT: "replace the pictures that cannot be decoded, and run the same command again",
+    "no_facts": "score captions without facts as 0, by --mend and another --output",
+    "other_wording": "count judgments in other words too, by --mend",
+}
 
 
 class Evaluation:
@@ -93,79 +60,147 @@ class Evaluation:
             "max_retries": options.max_retries,
         }
         self.endpoint = validate(JudgeEndpoint, endpoint, "the judge's options")
+        self.maker = None if options.model is None else self._maker()
 
-    def caption(
-        self, images: dict[str, Path], captions: dict[str, str], save: Callable[[dict[str, str]], None]
+    def _maker(self) -> CaptionsMaker:
+        options = self.options
+        rollout = {"max_tokens": options.caption_tokens, "max_model_len": options.max_model_len}
+        model = ModelConfig(path=str(options.model))
+        check_model(model, ParallelConfig(), validate(RolloutConfig, rollout, "the captioning options"))
+        content = checkpoint_digest(options.model)
+        return CaptionsMaker(str(options.model), content, options.caption_prompt, options.caption_tokens)
+
+    def look_at(self, names: Iterable[str]) -> Pictures:
+        """The pictures of --images. Raises UserError if too many of them cannot be used."""
+        pictures = Pictures.look_at(self.options.images, names)
+        pictures.refuse_too_many_unusable(self.options.max_unjudged)
+        return pictures
+
+    def read_captions(self) -> dict[str, str]:
+        if self.maker is not None and not self.options.captions.exists():
+            return {}
+        return read_json(self.options.captions, 'captions, {"image": "caption", …}', dict[str, str])
+
+    def complete(
+        self,
+        captions: dict[str, str],
+        names: Mapping[str, str],
+        pictures: Pictures,
+        save: Callable[[dict[str, str]], None] | None = None,
     ) -> None:
-        """With --model, add captions of those `images` that have none yet, saving after every batch."""
-        wanted = {key: path for key, path in images.items() if key not in captions}
-        if self.options.model is None or not wanted:
+        """With --model, caption those of the pictures `names`, by a key of the caption's, that have none yet.
+
+        Raises UserError for captions that another checkpoint wrote.
+        """
+        options, path = self.options, self.options.captions
+        if self.maker is None:
+            return
+        digests = {key: pictures.digests[name] for key, name in names.items() if name in pictures.digests}
+        provenance = continued(path, captions, self.maker, digests)
+        wanted = {key: names[key] for key in digests if key not in captions}
+        if not wanted:
             return
         from balcap_mega.evaluation.captioning import caption_images
 
-        options = self.options
         with progress_bar("captions", len(wanted)) as advance:
             for batch in caption_images(
-                options.model, wanted, options.caption_prompt, options.caption_tokens, options.max_model_len
+                options.model, pictures, wanted, options.caption_prompt, options.caption_tokens, options.max_model_len
             ):
                 captions |= batch
-                save(captions)
+                provenance.add(batch, digests)
+                provenance.write(path)
+                (save or (lambda captions: write_json(path, captions)))(captions)
                 for _ in batch:
                     advance()
 
-    def ask(self, run: Callable, total: int) -> Spending:
-        """Run `run(client, progress)` against the endpoint."""
+    def claim(self, protocol: int, parts: dict[str, Any], pictures: Pictures | None = None) -> None:
+        """Make --output this evaluation's, or refuse it: `parts` is all that determines results, but the judge."""
+        everything = {"benchmark": self.options.benchmark, "protocol": protocol, **parts, **of_judge(self.endpoint)}
+        digests = None if pictures is None else pictures.digests
+        claim(self.options.output, everything, digests, judge_moved=self.options.judge_moved)
 
-        async def session() -> Spending:
+    def ask(self, run: Callable, total: int, picture: bool = False, tokens: int = 2000) -> tuple[Counter, Spending]:
+        """Run `run(client, progress)`; return what got no judgement, by reason, and what was spent."""
+
+        async def session() -> tuple[Counter, Spending]:
             client = ChatClient(self.endpoint)
             try:
-                await check(client)
+                await check(client, picture, tokens)
                 with progress_bar(self.options.benchmark, total) as advance:
-                    await run(client, advance)
+                    missing = await run(client, advance)
             finally:
                 await client.close()
-            return self.spending(client.counters)
+            return missing, self.spending(client.counters)
 
         return asyncio.run(session())
 
     def spending(self, counters) -> Spending:
         return Spending.of(counters, self.options.price_prompt, self.options.price_completion)
 
-    def report(self, figures: dict[str, float], breakdown: list[dict], spent: Spending) -> None:
-        output = self.options.output
-        total = add_to_ledger(output.with_name(output.name + ".spent.json"), spent)
+    def finish(
+        self,
+        coverage: Coverage,
+        summarize: Callable[[], tuple[dict[str, float], list[dict]]],
+        spent: Spending,
+        captions_by: dict | None,
+    ) -> int:
+        """Report the figures beside how much was judged; return the exit status."""
+        output, most = self.options.output, self.options.max_unjudged
+        total = add_to_ledger(beside(output, "spent.json"), spent)
+        if not coverage.judged:
+            beside(output, "report.json").unlink(missing_ok=True)
+            print(f"evaluate: there is no score: {coverage}", file=sys.stderr)
+            return TOO_MUCH_UNJUDGED
+        figures, breakdown = summarize()
         settings = {name: str(value) for name, value in vars(self.options).items() if value is not None}
-        path = output.with_name(output.name + ".report.json")
-        write_report(path, self.options.benchmark, figures, breakdown, spent, total, settings)
+        origins = {"captions_by": captions_by, "settings": settings}
+        path = beside(output, "report.json")
+        write_report(path, self.options.benchmark, figures, breakdown, coverage, spent, total, origins)
+        if coverage.total - coverage.judged > most * coverage.total:
+            remedy = "; ".join(dict.fromkeys(REMEDIES.get(why, ASK_AGAIN) for why in sorted(coverage.missing)))
+            print(
+                f"evaluate: the score is over a part only, {coverage}; --max-unjudged is {most:g} — {remedy}",
+                file=sys.stderr,
+            )
+            return TOO_MUCH_UNJUDGED
+        return 0
 
 
-def run_bcapscore(evaluation: Evaluation) -> None:
+def run_bcapscore(evaluation: Evaluation) -> int:
     options = evaluation.options
-    dataset = ImageFileDataset(read_jsonl(options.references), options.images, max_missing_fraction=0)
-    captions = read_captions(options)
-    evaluation.caption(
-        {row.image: options.images / row.image for row in dataset.rows},
-        captions,
-        lambda captions: write_json(options.captions, captions),
-    )
-    run = bcapscore.BCapScoreRun(dataset, captions, options.output)
-    judge = MllmJudge(RewardConfig(judge="mllm", endpoint=evaluation.endpoint))
+    rows = read_jsonl(options.references)
+    for row in rows:
+        refuse_outside(row.image, str(options.references))
+    pictures = evaluation.look_at(row.image for row in rows)
+    captions = evaluation.read_captions()
+    evaluation.complete(captions, {row.image: row.image for row in rows}, pictures)
+    run = bcapscore.BCapScoreRun(rows, captions, pictures, options.output)
+    run.check()
+    used = {row.image: captions.get(row.image) for row in rows}
+    parts = {"--captions": digest(used), "--references": digest([asdict(row) for row in rows])}
+    prompts = packaged_prompts("balcap_mega.rewards.mllm")
+    evaluation.claim(bcapscore.PROTOCOL, {**parts, "judge prompts": digest(prompts)}, pictures)
+    # A caption of which one part failed is judged again as a whole; what was answered of it is not paid for again.
+    replies = str(beside(options.output, "replies"))
+    judge = MllmJudge(RewardConfig(judge="mllm", endpoint=evaluation.endpoint, cache_dir=replies))
     try:
         judge.check()
-        with progress_bar("bcapscore", len(dataset)) as advance:
-            run.run(judge, advance)
+        with progress_bar("bcapscore", len(rows)) as advance:
+            missing = run.run(judge, advance)
         spent = evaluation.spending(judge.report())
     finally:
         judge.close()
-    evaluation.report(run.summarize(), [], spent)
+    by = origin(options.captions, captions, pictures)
+    return evaluation.finish(Coverage(len(rows), missing), lambda: (run.summarize(), []), spent, by)
 
 
-def run_dcscore(evaluation: Evaluation) -> None:
+def run_dcscore(evaluation: Evaluation) -> int:
     options = evaluation.options
     annotations = dcscore.read_annotations(options.annotations)
     rows = []
     if options.captions.exists() or options.model is None:
         rows = dcscore.read_captions(options.captions)
+        dcscore.check_captions(rows, annotations)
 
     def save(captions: dict[str, str]) -> None:
         rows[:] = [
@@ -174,56 +209,87 @@ def run_dcscore(evaluation: Evaluation) -> None:
         ]
         write_json_lines(options.captions, rows)
 
-    evaluation.caption(
-        {name: options.images / name for name in annotations},
-        {row["image_path"]: row["caption"] for row in rows},
-        save,
+    names = annotations if options.model is not None else [row["image_path"] for row in rows]
+    pictures = evaluation.look_at(names)
+    captions = {row["image_path"]: row["caption"] for row in rows}
+    evaluation.complete(captions, {name: name for name in annotations}, pictures, save)
+    dcscore.check_captions(rows, annotations)
+    prompts = load_prompts(dcscore.PROMPTS, options.prompts)
+    facts = {name: row["oracle_facts"] for name, row in annotations.items()}
+    parts = {"--captions": digest(rows), "--annotations": digest(facts), "--mend": options.mend}
+    evaluation.claim(dcscore.PROTOCOL, {**parts, "--prompts": digest(prompts)}, pictures)
+    run = dcscore.DcScoreRun(rows, annotations, pictures, options.output, options.mend, prompts)
+    missing, spent = evaluation.ask(run.run, len(rows), picture=True)
+    uncaptioned = [name for name in pictures.unusable if name not in captions]
+    missing += Counter(pictures.unusable[name] for name in uncaptioned)
+    return evaluation.finish(
+        Coverage(len(rows) + len(uncaptioned), missing),
+        lambda: (dcscore.summarize(options.output, options.mend, len(rows)), []),
+        spent,
+        origin(options.captions, captions, pictures),
     )
-    run = dcscore.DcScoreRun(rows, annotations, options.images, options.output, options.mend, options.prompts)
-    run.check()
-    spent = evaluation.ask(run.run, len(rows))
-    evaluation.report(dcscore.summarize(options.output, options.mend), [], spent)
 
 
-def run_captionqa(evaluation: Evaluation) -> None:
+def run_captionqa(evaluation: Evaluation) -> int:
     options = evaluation.options
-    rows = captionqa.read_questions(options.questions)
-    captions = read_captions(options)
+    rows = captionqa_questions.read_questions(options.questions)
+    captions = evaluation.read_captions()
+    pictures = None
     if options.model is not None:
-        if options.images is None:
-            raise UserError("--model needs --images", remedy="name the folder of images, each named by its id")
-        ids = {str(row.get("id")) for row in rows}
-        images = {path.stem: path for path in sorted(options.images.iterdir()) if path.stem in ids}
-        evaluation.caption(images, captions, lambda captions: write_json(options.captions, captions))
-    questions = captionqa.plan(rows, captions, options.seed, options.mend)
-    run = captionqa.CaptionQaRun(questions, captions, options.output, options.mend, options.prompts, options.max_tokens)
-    spent = evaluation.ask(run.run, len(questions))
-    evaluation.report(*captionqa.summarize(options.output, questions), spent)
+        names = captionqa_questions.pictures_by_id(rows, options.images)
+        pictures = evaluation.look_at(names.values())
+        evaluation.complete(captions, names, pictures)
+    questions = captionqa_questions.plan(rows, captions, options.seed, options.mend)
+    if not questions:
+        raise UserError(
+            f"--captions {options.captions}: no question of {options.questions} is about any of its images",
+            remedy="name each caption by the data set's id, such as nat_001",
+        )
+    prompts = load_prompts(captionqa.PROMPTS, options.prompts)
+    asked = {question.image for question in questions}
+    parts = {
+        "--captions": digest({image: captions.get(image) for image in asked}),
+        "--questions": digest([asdict(question) for question in questions]),
+        "--mend": options.mend,
+        "--seed": options.seed,
+        "--max-tokens": options.max_tokens,
+        "--prompts": digest(prompts),
+    }
+    evaluation.claim(captionqa.PROTOCOL, parts)
+    run = captionqa.CaptionQaRun(questions, captions, options.output, options.mend, prompts, options.max_tokens)
+    missing, spent = evaluation.ask(run.run, len(questions), tokens=options.max_tokens)
+    left_out = {str(row.get("id")) for row in rows} - captions.keys()
+    return evaluation.finish(
+        Coverage(len(questions), missing),
+        lambda: captionqa.summarize(options.output, questions, without_caption=len(left_out)),
+        spent,
+        origin(options.captions, captions, pictures),
+    )
 
 
-def run_caparena(evaluation: Evaluation) -> None:
+def run_caparena(evaluation: Evaluation) -> int:
     options = evaluation.options
     table = caparena.read_battles(options.battles)
-    captions = read_captions(options)
-    evaluation.caption(
-        {name: options.images / name for name in table},
-        captions,
-        lambda captions: write_json(options.captions, captions),
+    captions = evaluation.read_captions()
+    pictures = evaluation.look_at(table)
+    evaluation.complete(captions, {name: name for name in table}, pictures)
+    battles = caparena.draw_battles(table, captions, options.name, options.seed, excused=pictures.unusable)
+    prompts = load_prompts(caparena.PROMPTS, options.prompts)
+    # Replies are kept word for word and read anew each time, so --mend decides nothing that is kept.
+    parts = {"--captions, --battles, --name or --seed": digest(battles), "--prompts": digest(prompts)}
+    evaluation.claim(caparena.PROTOCOL, parts, pictures)
+    run = caparena.CapArenaRun(battles, pictures, options.output, prompts)
+    missing, spent = evaluation.ask(run.run, len(battles), picture=True)
+    judged = read_json(options.output, "battles", list[caparena.Battle])
+    missing += Counter(other_wording=caparena.uncounted(judged, options.mend))
+    uncaptioned = [name for name in pictures.unusable if name not in captions]
+    missing += Counter(pictures.unusable[name] for name in uncaptioned)
+    return evaluation.finish(
+        Coverage(len(battles) + len(uncaptioned), missing),
+        lambda: (caparena.summarize(judged, options.name, options.mend), []),
+        spent,
+        origin(options.captions, captions, pictures),
     )
-    battles = caparena.draw_battles(table, captions, options.name, options.seed)
-    run = caparena.CapArenaRun(battles, options.images, options.output, options.prompts)
-    run.check()
-    spent = evaluation.ask(run.run, len(battles))
-    figures = caparena.summarize(
-        read_json(options.output, "battles", list[caparena.Battle]), options.name, options.mend
-    )
-    evaluation.report(figures, [], spent)
-
-
-def read_captions(options: argparse.Namespace) -> dict[str, str]:
-    if options.model is not None and not options.captions.exists():
-        return {}
-    return read_json(options.captions, 'captions, {"image": "caption", …}', dict[str, str])
 
 
 BENCHMARKS = {
@@ -234,9 +300,9 @@ BENCHMARKS = {
 }
 
 if __name__ == "__main__":
+    options = parse_arguments()
     try:
-        options = parse_arguments()
-        BENCHMARKS[options.benchmark](Evaluation(options))
+        sys.exit(BENCHMARKS[options.benchmark](Evaluation(options)))
     except UserError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"evaluate: {in_options(str(error))}", file=sys.stderr)
+        sys.exit(BAD_INPUT)

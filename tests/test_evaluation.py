@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import skimage
 
-from balcap_mega.evaluation import caparena, captionqa, dcscore
+from balcap_mega.evaluation import caparena, captionqa_questions, dcscore_scoring
 from balcap_mega.evaluation.session import fill
 from tests.support.judge_server import Fault, JudgeServer, RuleJudge
 
@@ -82,7 +82,7 @@ def dcscore_files(tmp_path):
 def test_dcscore_is_the_originals_image_by_image(monkeypatch, dcscore_files):
     data, options, output = dcscore_files
     with JudgeServer(DcScoreReplies(data["replies"])) as server:
-        assert evaluate(monkeypatch, "dcscore", server, *options) == 0
+        assert evaluate(monkeypatch, "dcscore", server, *options) == 3  # five of nine images are void
     for name, expected in data["expected"].items():
         result = json.loads((output / f"{name}.json").read_text())
         assert result["valid"] == expected.pop("valid")
@@ -91,19 +91,20 @@ def test_dcscore_is_the_originals_image_by_image(monkeypatch, dcscore_files):
     figures = report(output)["figures"]
     assert figures["dcscore"] == pytest.approx(data["dcscore"], abs=1e-6)
     assert figures["images"] == 4 and figures["invalid"] == 5
+    assert report(output)["judged"] == 4 and sum(report(output)["not_judged"].values()) == 5
 
 
 def test_dcscore_mended_scores_captions_that_the_original_drops(dcscore_files, monkeypatch):
     data, options, output = dcscore_files
     with JudgeServer(DcScoreReplies(data["replies"])) as server:
-        assert evaluate(monkeypatch, "dcscore", server, *options, "--mend") == 0
+        assert evaluate(monkeypatch, "dcscore", server, *options, "--mend") == 3
         valid = {i: json.loads((output / f"{i}.json").read_text())["valid"] for i in range(9)}
         assert [i for i in valid if not valid[i]] == [0, 6]  # replies that cannot be read stay void
         nothing_stated = json.loads((output / "8.json").read_text())
         assert nothing_stated["eval_details"]["f1_score"] == 0
         asked = len(server.requests)
         server.answer.tries.clear()
-        assert evaluate(monkeypatch, "dcscore", server, *options, "--mend") == 0
+        assert evaluate(monkeypatch, "dcscore", server, *options, "--mend", "--max-unjudged", 0.25) == 0
         again = len(server.requests) - asked
     assert again == 1 + 5 * 2 + 5 * 1  # the check; five tries at each void image, as far as its replies can be read
     spent = report(output)
@@ -114,13 +115,13 @@ def test_dcscore_weighs_ids_and_relevance_as_documented():
     predicted = [{"fact": "a", "relevance": 1}, {"fact": "b", "relevance": 0}, {"fact": "c", "relevance": 1}]
     verification = [{"fact": fact, "verification": 1} for fact in "abc"]
     matching = [{"fact": fact, "matched_oracle_id": given} for fact, given in zip("abc", [0, "0", 9])]
-    trial = dcscore.score_trial(predicted, 2, verification, matching, mend=False)
+    trial = dcscore_scoring.score_trial(predicted, 2, verification, matching, mend=False)
     assert trial.recall == pytest.approx(3 / 2)  # "0" and 0 apart, and 9 counts: more than everything is recalled
-    mended = dcscore.score_trial(predicted, 2, verification, matching, mend=True)
+    mended = dcscore_scoring.score_trial(predicted, 2, verification, matching, mend=True)
     assert mended.recall == pytest.approx((0.5 + 0.5 + 1) / (2 + 1))
     assert mended.recall_relevant == pytest.approx((1 + 1) / (2 + 1))
     matching[1]["matched_oracle_id"] = 0
-    trial = dcscore.score_trial(predicted, 2, verification, matching, mend=False)
+    trial = dcscore_scoring.score_trial(predicted, 2, verification, matching, mend=False)
     assert trial.recall_relevant == pytest.approx((0.5 + 1) / 2)  # weighed by b too, which is not relevant
 
 
@@ -136,7 +137,7 @@ def test_dcscore_weighs_ids_and_relevance_as_documented():
     ],
 )
 def test_dcscore_reads_replies_as_python_then_as_json(text, read):
-    assert dcscore.parse_reply(text) == read
+    assert dcscore_scoring.parse_reply(text) == read
 
 
 def test_dcscore_names_rows_that_cannot_be_scored(monkeypatch, dcscore_files, capsys):
@@ -171,6 +172,7 @@ def test_captionqa_is_the_originals_answer_by_answer(monkeypatch, captionqa_file
         (asked, *_) = [body for _, body in server.requests if not is_check(body)]
     assert (asked["temperature"], asked["max_completion_tokens"]) == (0, 4)
     assert json.loads(output.read_text()) == data["expected"]
+    assert report(output)["not_judged"] == {"empty": 1}  # where the original takes a blank reply for a wrong answer
     answers = [answer for of_image in data["expected"].values() for answer in of_image]
     figures = report(output)["figures"]
     assert figures["score"] == pytest.approx(100 * sum(a["score"] for a in answers) / len(answers), abs=1e-6)
@@ -184,7 +186,7 @@ def test_captionqa_goes_on_after_failures_and_interruptions(monkeypatch, caption
         server.faults["plain"][0].content = "A"
         for fault in server.faults["plain"][1:3]:
             fault.hang_up = True
-        assert evaluate(monkeypatch, "captionqa", server, *options, "--concurrency", 1, "--max-retries", 2) == 0
+        assert evaluate(monkeypatch, "captionqa", server, *options, "--concurrency", 1, "--max-retries", 2) == 3
         partly = json.loads(output.read_text())
         assert sum(map(len, partly.values())) < sum(map(len, data["expected"].values()))
         server.requests.clear()
@@ -192,27 +194,27 @@ def test_captionqa_goes_on_after_failures_and_interruptions(monkeypatch, caption
         assert json.loads(output.read_text()) == data["expected"]
         assert len(server.requests) < 1 + sum(map(len, data["expected"].values()))
         server.requests.clear()
-        assert evaluate(monkeypatch, "captionqa", server, *options) == 0
-        assert len(server.requests) == 1  # nothing left but the check
+        assert evaluate(monkeypatch, "captionqa", server, *options, "--max-retries", 0) == 0
+        assert len(server.requests) == 2  # nothing left but the check and the question that gets a blank reply
 
 
 def test_captionqa_quirks_and_their_mending():
-    yes_no = captionqa.is_yes_no
+    yes_no = captionqa_questions.is_yes_no
     assert yes_no("What do the eyes show?", ["Green eyes", "Snow"], mend=False)
     assert not yes_no("What do the eyes show?", ["Green eyes", "Snow"], mend=True)
     assert yes_no("Is it red or blue?", ["Red", "Blue"], mend=False)
     assert not yes_no("Is it red or blue?", ["Red", "Blue"], mend=True)
     for mend in (False, True):
         assert yes_no("Is it red?", ["Yes", "No"], mend) and not yes_no("What is it?", ["A cat", "A dog"], mend)
-    letters = {"B\n": (None, "B"), "\nA": ("A", "A"), "(c)": ("C", "C"), "C, a cat": ("C", "C"), "x\nB": ("B", None)}
+    letters = {"B\n": ("B", "B"), "\nA": ("A", "A"), "(c)": ("C", "C"), "C, a cat": ("C", "C"), "x\nB": ("B", None)}
     for reply, (original, mended) in letters.items():
-        assert captionqa.read_letter(reply, 4, mend=False) == original, reply
+        assert captionqa_questions.read_letter(reply, 4, mend=False) == original, reply
         if mended is not None:
-            assert captionqa.read_letter(reply, 4, mend=True) == mended, reply
+            assert captionqa_questions.read_letter(reply, 4, mend=True) == mended, reply
     rows = [{"id": "nat_1", "question": "What?", "choices": ["a", "b", "c"], "answer": "a"}]
-    assert not captionqa.plan(rows, {}) and len(captionqa.plan(rows, {}, mend=True)) == 1
-    (question,) = captionqa.plan(rows, {"nat_1": "x"})
-    letter = captionqa.LETTERS[question.order.index(3)]
+    assert not captionqa_questions.plan(rows, {}) and len(captionqa_questions.plan(rows, {}, mend=True)) == 1
+    (question,) = captionqa_questions.plan(rows, {"nat_1": "x"})
+    letter = captionqa_questions.LETTERS[question.order.index(3)]
     assert question.result(letter, mend=False)["score"] == 0.3833
     assert question.result(letter, mend=True)["score"] == pytest.approx(1 / 3 + 0.05)
 
@@ -224,9 +226,9 @@ def test_captionqa_reads_the_datasets_parquet(tmp_path):
     rows = [{**row, "images": [b"never read"]} for row in fixture("captionqa")["rows"] if "choices" not in row]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_uniform(rows)), tmp_path / "q.parquet")
     captions = fixture("captionqa")["captions"]
-    read = captionqa.read_questions(tmp_path / "q.parquet")
+    read = captionqa_questions.read_questions(tmp_path / "q.parquet")
     assert "images" not in read[0]
-    assert captionqa.plan(read, captions) == captionqa.plan(_uniform(rows), captions)
+    assert captionqa_questions.plan(read, captions) == captionqa_questions.plan(_uniform(rows), captions)
 
 
 def _uniform(rows):
@@ -268,7 +270,7 @@ def test_caparena_is_the_originals_battle_by_battle(monkeypatch, caparena_files)
     data, options, output = caparena_files
     with JudgeServer(BattleReplies(data["replies"])) as server:
         monkeypatch.setattr("balcap_mega.rewards.mllm.client.LONGEST_WAIT_SECONDS", 0.01)
-        assert evaluate(monkeypatch, "caparena", server, *options) == 0
+        assert evaluate(monkeypatch, "caparena", server, *options) == 3  # six battles count
     battles = json.loads(output.read_text())
     assert [{k: battle.get(k) for k in ("img", "source1", "judge")} for battle in battles] == data["expected_battles"]
     figures = report(output)["figures"]
@@ -284,7 +286,8 @@ def test_caparena_goes_on_with_the_battles_of_its_file(monkeypatch, caparena_fil
         evaluate(monkeypatch, "caparena", server, *options)
         first = json.loads(output.read_text())
         server.requests.clear()
-        assert evaluate(monkeypatch, "caparena", server, *options, "--seed", 9) == 0
+        assert evaluate(monkeypatch, "caparena", server, *options) == 3
+        assert evaluate(monkeypatch, "caparena", server, *options, "--seed", 9) == 2  # another order of captions
     assert {user_text(b) for _, b in server.requests[1:]} == {user_text(server.requests[-1][1])}  # the one unjudged
     again = json.loads(output.read_text())
     assert [b["caption1"] for b in again] == [b["caption1"] for b in first]
@@ -326,12 +329,14 @@ def test_bcapscore_judges_goes_on_and_reports(monkeypatch, tmp_path):
     options += ["--output", output, "--price-prompt", 2.5, "--price-completion", 10, "--max-retries", 0]
     with JudgeServer(RuleJudge(truths)) as server:
         server.faults["verify"] = [Fault(status=500)] * 2
-        assert evaluate(monkeypatch, "bcapscore", server, *options) == 0
+        assert evaluate(monkeypatch, "bcapscore", server, *options) == 3
         assert report(output)["figures"]["incomplete"] == 2
+        assert report(output)["not_judged"] == {"no_precision": 2}
         output.write_text(output.read_text() + '{"image": "cut off')
         server.requests.clear()
         assert evaluate(monkeypatch, "bcapscore", server, *options) == 0
         assert len(server.asked("verify")) == 2
+        assert len(server.requests) == 1 + 2  # the check: what was answered of the two captions is not asked again
     figures = report(output)["figures"]
     assert figures["incomplete"] == 0 and figures["captions"] == 10
     recall = sum(3 / len(photo["units"]) for photo in photos) / len(photos)

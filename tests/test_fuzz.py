@@ -38,7 +38,8 @@ from balcap_mega.data.images import MOST_PIXELS, DaliDecoder, PilDecoder
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.errors import UserError
-from balcap_mega.evaluation import bcapscore, caparena, captionqa, dcscore
+from balcap_mega.evaluation import bcapscore, caparena, captionqa, dcscore, dcscore_scoring
+from balcap_mega.evaluation.captionqa_questions import plan, read_questions
 from balcap_mega.evaluation.session import Spending, add_to_ledger, read_json
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.families import FAMILIES
@@ -418,7 +419,7 @@ EVALUATION: dict[str, tuple[object, bool, Callable[[Path], object]]] = {
             {"id": 2, "question": "What?", "choices": ["A", "B", 3], "answer": "B", "category": ["kind"]},
         ],
         False,
-        lambda path: captionqa.plan(captionqa.read_questions(path), {"a_1": "A cat.", "2": "A dog."}, mend=True),
+        lambda path: plan(read_questions(path), {"a_1": "A cat.", "2": "A dog."}, mend=True),
     ),
     "answers": (
         {"a_1": [{"score": 1.0, "is_correct": True, "is_cannot_answer": False, "category": "kind", "question": "x"}]},
@@ -464,12 +465,12 @@ EVALUATION: dict[str, tuple[object, bool, Callable[[Path], object]]] = {
             },
         },
         False,
-        lambda path: dcscore.summarize(path.parent, mend=True),
+        lambda path: dcscore.summarize(path.parent, mend=True, rows=2),
     ),
     "b-CapScore results": (
-        {"image": "1.png", "caption": "A cat.", "precision": 0.5, "recall": 0.5, "linguistic": None, "covered": [True]},
+        {"row": 0, "image": "1.png", "caption": "A cat.", "precision": 0.5, "recall": 0.5, "linguistic": None},
         True,
-        lambda path: list(bcapscore.BCapScoreRun(None, {}, path)._whole_results()),
+        lambda path: bcapscore.BCapScoreRun([None], {}, None, path)._latest(),
     ),
     "ledger": (
         {"requests": 1, "prompt_tokens": 2, "completion_tokens": 3, "dollars": 0.5},
@@ -502,12 +503,12 @@ def test_evaluation_replies():
         return rng.choice((mutate_bytes(text.encode(), rng).decode("utf-8", "replace"), f"```json\n{inner}\n```"))
 
     def read(text):
-        reply = dcscore.parse_reply(text)
+        reply = dcscore_scoring.parse_reply(text)
         try:
             caparena.winner(caparena.read_judgment(text), mend=True)
-            trial = dcscore.score_trial(reply, 1, reply, reply, mend=True)
+            trial = dcscore_scoring.score_trial(reply, 1, reply, reply, mend=True)
             assert 0 <= trial.f1 <= 1.01
-        except (Unusable, *dcscore.BAD_REPLY) as error:
+        except (Unusable, *dcscore_scoring.BAD_REPLY) as error:
             raise UserError("void", remedy="") from error
         finally:
             json.dumps(reply, ensure_ascii=False).encode()

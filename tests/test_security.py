@@ -26,6 +26,7 @@ from balcap_mega.data.images import MOST_SCANS, START_OF_SCAN, DaliDecoder, PilD
 from balcap_mega.data.jsonl import as_line, read_jsonl
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation import caparena, dcscore
+from balcap_mega.evaluation.pictures import Pictures
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.rewards.mllm.client import MOST_REPLY_BYTES
 from balcap_mega.rewards.mllm.judge import MllmJudge
@@ -110,7 +111,7 @@ def test_evaluators_send_no_file_from_outside_the_folder_of_images(tmp_path):
             dcscore.read_annotations(tmp_path / "facts.jsonl")
     battle = {"img": "no_image.png", "caption1": "x", "caption2": "y", "ref": "z"}
     with pytest.raises(UserError, match="cannot be decoded"):
-        caparena.CapArenaRun([battle], tmp_path / "images", tmp_path / "out.json")._body("", "", battle)
+        caparena.CapArenaRun([battle], Pictures(tmp_path / "images", {}, {}), tmp_path / "out.json")._body(battle)
 
 
 # ---- model folders

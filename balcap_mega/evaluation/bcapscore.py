@@ -1,7 +1,13 @@
-"""b-CapScore of BalCapRL: the harmonic mean of precision, recall and linguistic quality, by the MLLM judge."""
+"""b-CapScore of BalCapRL: the harmonic mean of precision, recall and linguistic quality, by the MLLM judge.
+
+b_capscore is the harmonic mean of the three corpus means. Each of them is over the captions that have that component,
+so a caption that lacks one still enters the means of the others. mean_b_capscore is another number: the mean, over the
+captions that have all three, of the harmonic mean of each. The first is what the paper reports, as we read it; the
+second is lower wherever captions are good at one thing and bad at another.
+"""
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,18 +17,22 @@ from statistics import fmean
 from typing_extensions import TypedDict
 
 from balcap_mega.algorithm.words import count_words
-from balcap_mega.data.files import ImageFileDataset
+from balcap_mega.data.files import ImageRow
 from balcap_mega.data.jsonl import drop_cut_line
+from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
+from balcap_mega.evaluation.pictures import Pictures
 from balcap_mega.evaluation.session import read_json_lines
 from balcap_mega.rewards.judge import COMPONENTS, Judge, Judgement, b_capscore
 
 AHEAD = 256  # captions under judgement at once; each holds its picture
+PROTOCOL = 2  # raised when the same replies come to be scored otherwise
 
 
 class Entry(TypedDict):
-    """What is read of a line of results; more stands there."""
+    """What is read of a line of results; more stands there. row: the row's number among the references, from 0."""
 
+    row: int
     image: str
     caption: str
     precision: float | None
@@ -32,88 +42,102 @@ class Entry(TypedDict):
 
 @dataclass(frozen=True)
 class BCapScoreRun:
-    """Captions by image path, the dataset that holds images and references, and the JSON Lines file of results."""
+    """One caption a row of the references, their pictures, and the JSON Lines file of results.
 
-    dataset: ImageFileDataset
+    An image may have several rows, with a reference each; its caption is then judged once for every one of them.
+    """
+
+    rows: Sequence[ImageRow]
     captions: dict[str, str]
+    pictures: Pictures
     output: Path
 
-    def run(self, judge: Judge, progress: Callable[[], None] = lambda: None) -> int:
-        """Judge the captions that have no whole judgement in `output`; return how many still lack a component."""
+    def check(self) -> None:
+        """Raise UserError for an image without a caption, unless its picture cannot be used anyway."""
+        for row in self.rows:
+            if row.image not in self.captions and row.image not in self.pictures.unusable:
+                raise UserError(
+                    f"captions: {row.image} has none", remedy="caption every image of the references, or narrow them"
+                )
+
+    def run(self, judge: Judge, progress: Callable[[], None] = lambda: None) -> Counter[str]:
+        """Judge the rows that have no whole judgement in `output`; count those that still lack something, by what."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         drop_cut_line(self.output)
-        done = {(entry["image"], entry["caption"]) for entry in self._whole_results()}
-        waiting: deque[tuple[str, str, Future[Judgement]]] = deque()
-        incomplete = 0
+        done = {number for number, entry in self._latest().items() if not _lacks(entry)}
+        waiting: deque[tuple[int, Future[Judgement]]] = deque()
+        incomplete: Counter[str] = Counter()
 
         def finish_oldest(file) -> None:
-            nonlocal incomplete
-            image, caption, judgement = waiting.popleft()
-            entry = _entry(image, caption, judgement.result())
-            incomplete += None in (entry[name] for name in COMPONENTS)
+            number, judgement = waiting.popleft()
+            entry = self._entry(number, judgement.result())
+            if lacks := _lacks(entry):
+                incomplete["no_" + "_no_".join(lacks)] += 1
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             file.flush()
             progress()
 
         with self.output.open("a", encoding="utf-8") as file:
-            for index, row in enumerate(self.dataset.rows):
-                caption = self._caption(row.image)
-                if (row.image, caption) in done:
-                    progress()
+            for number, row in enumerate(self.rows):
+                if row.image in self.pictures.unusable:
+                    incomplete[self.pictures.unusable[row.image]] += 1
+                elif number not in done:
+                    waiting.append((number, judge.submit(self._record(row), self.captions[row.image])))
+                    if len(waiting) >= AHEAD:
+                        finish_oldest(file)
                     continue
-                waiting.append((row.image, caption, judge.submit(self.dataset[index], caption)))
-                if len(waiting) >= AHEAD:
-                    finish_oldest(file)
+                progress()
             while waiting:
                 finish_oldest(file)
         return incomplete
 
     def summarize(self) -> dict[str, float]:
-        """Means × 100 of each component over the captions that have it, and their harmonic mean."""
-        found = {(entry["image"], entry["caption"]): entry for entry in self._results()}
-        latest = [found[key] for row in self.dataset.rows if (key := (row.image, self._caption(row.image))) in found]
+        """The scores, × 100; see the top of this module. Raises UserError if no caption has one of the components."""
+        latest = self._latest().values()
         means = {}
         for name in COMPONENTS:
             values = [entry[name] for entry in latest if entry[name] is not None]
             if not values:
                 raise UserError(f"{self.output}: no caption has a {name}", remedy="run again with a working judge")
             means[name] = 100 * fmean(values)
-        missing = sum(None in (entry[name] for name in COMPONENTS) for entry in latest)
-        lengths = [count_words(entry["caption"]) for entry in latest]
+        whole = [entry for entry in latest if not _lacks(entry)]
+        each = [100 * b_capscore(**{name: entry[name] for name in COMPONENTS}) for entry in whole]
         return {
             "b_capscore": b_capscore(**means),
+            **({"mean_b_capscore": fmean(each)} if each else {}),
             **means,
-            "words": fmean(lengths),
-            "captions": len(latest),
-            "incomplete": missing,
+            "words": fmean(count_words(entry["caption"]) for entry in latest),
+            "captions": len(self.rows),
+            "incomplete": len(self.rows) - len(whole),
         }
 
-    def _caption(self, image: str) -> str:
-        if image not in self.captions:
-            raise UserError(
-                f"captions: {image} has none", remedy="caption every image of the references, or narrow them"
-            )
-        return self.captions[image]
+    def _record(self, row: ImageRow) -> CaptionRecord:
+        return CaptionRecord(row.id, self.pictures.read(row.image), row.prompt, row.reference, row.units)
 
-    def _results(self) -> Iterator["Entry"]:
+    def _latest(self) -> dict[int, Entry]:
+        """The last line of each row: a row that lacked something is judged again, on a line of its own."""
+        return {entry["row"]: entry for entry in self._results() if entry["row"] < len(self.rows)}
+
+    def _results(self) -> Iterator[Entry]:
         if self.output.exists():
             yield from read_json_lines(self.output, "b-CapScore's results", Entry)
 
-    def _whole_results(self) -> Sequence["Entry"]:
-        return [entry for entry in self._results() if None not in (entry[name] for name in COMPONENTS)]
+    def _entry(self, number: int, judgement: Judgement) -> dict:
+        row, assertions = self.rows[number], None
+        if judgement.assertions is not None:
+            assertions = [{"text": a.text, "verdict": str(a.verdict)} for a in judgement.assertions]
+        return {
+            "row": number,
+            "image": row.image,
+            "caption": self.captions[row.image],
+            **judgement.components(),
+            "assertions": assertions,
+            "covered": judgement.covered,
+            "clarity": judgement.clarity,
+            "fluency": judgement.fluency,
+            "coherency": judgement.coherency,
+        }
 
 
-def _entry(image: str, caption: str, judgement: Judgement) -> dict:
-    assertions = None
-    if judgement.assertions is not None:
-        assertions = [{"text": a.text, "verdict": str(a.verdict)} for a in judgement.assertions]
-    return {
-        "image": image,
-        "caption": caption,
-        **judgement.components(),
-        "assertions": assertions,
-        "covered": judgement.covered,
-        "clarity": judgement.clarity,
-        "fluency": judgement.fluency,
-        "coherency": judgement.coherency,
-    }
+def _lacks(entry: Entry) -> list[str]:
+    return [name for name in COMPONENTS if entry[name] is None]

@@ -4,37 +4,42 @@ Reads and writes the formats of njucckevin/CapArena: captions as one JSON object
 {file name: {captions: {human, <baseline>}, ref_model}}, and results as a JSON list of battles with "judge_reason" and
 "judge", which the original's caparena_auto_scores.py reads.
 
-For the same replies the scores are the original's. Its quirks, each mended by `mend=True`:
+For the same usable replies the scores are the original's. Its quirks, each mended by `mend=True`:
 - a judgment counts only in the exact words of the format; "**Tie**" or "<Caption 1 is better>" is dropped;
 - a baseline's score is (wins - losses) / 2, a percentage only if all its 200 battles were judged (mended: divided by
   the battles that were).
 The original draws the order of the two captions without a seed; here it follows from `seed`.
+
+Saner than the original, always: pictures are sent upright, of bounded size, as the JPEG that they are declared to be
+(the original declares every file a PNG), and a refused or cut reply is no judgment even if it looks like one.
 """
 
-import base64
 import random
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NotRequired
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from balcap_mega.data.files import read_image_file, refuse_outside
-from balcap_mega.data.images import PilDecoder
+from balcap_mega.data.files import refuse_outside
 from balcap_mega.errors import UserError
-from balcap_mega.evaluation.session import fill, for_each, load_prompt, read_json, write_json
+from balcap_mega.evaluation.pictures import Pictures
+from balcap_mega.evaluation.session import fill, for_each, load_prompts, read_json, write_json
 from balcap_mega.rewards.mllm.client import ChatClient
 from balcap_mega.rewards.mllm.failures import Unusable
-from balcap_mega.rewards.mllm.replies import Completion
+from balcap_mega.rewards.mllm.questions import image_data_url
+from balcap_mega.rewards.mllm.replies import Completion, usable_text
 
 BASELINES = ("GPT-4o-0806", "CogVLM2-llama3-chat-19B", "MiniCPM-V2.6-8B")
 SHORT_NAMES = dict(zip(("gpt", "cog", "cpm"), BASELINES))
 FIRST, SECOND, TIE = "Caption 1 is better", "Caption 2 is better", "Tie"
-MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp"}
 SAVE_EVERY = 20  # battles
+PROMPTS = {"caparena": (), "caparena_request": ("caption_1", "caption_2", "reference|caption_ref")}
+PROTOCOL = 2  # raised when the same replies come to be scored otherwise
 
 
 class Entry(TypedDict):
@@ -74,21 +79,29 @@ def read_battles(path: str | Path) -> dict[str, Entry]:
     return battles
 
 
-def draw_battles(battles: dict[str, Entry], captions: dict[str, str], model: str, seed: int) -> list[dict]:
-    """The battles of `model`'s captions, in the original's result format. Raises UserError for an image without one."""
+def draw_battles(
+    battles: dict[str, Entry], captions: dict[str, str], model: str, seed: int, excused: Container[str] = ()
+) -> list[dict]:
+    """The battles of `model`'s captions, in the original's result format.
+
+    Raises UserError for an image without a caption, unless it is `excused`, and then has no battle.
+    """
     order = random.Random(seed)
     drawn = []
     for image, entry in battles.items():
         baseline = SHORT_NAMES.get(entry["ref_model"], entry["ref_model"])
         if baseline == model:
             continue
+        ours_comes_first = order.randint(0, 1)
         if image not in captions:
+            if image in excused:
+                continue
             raise UserError(f"captions: {image} has none", remedy="caption all images of the battles file")
         theirs = entry["captions"].get(entry["ref_model"])
         if theirs is None:
             theirs = {SHORT_NAMES.get(name, name): text for name, text in entry["captions"].items()}[baseline]
         sides = [(baseline, theirs), (model, captions[image])]
-        if order.randint(0, 1):
+        if ours_comes_first:
             sides.reverse()
         (source1, caption1), (source2, caption2) = sides
         drawn.append(
@@ -106,10 +119,10 @@ def draw_battles(battles: dict[str, Entry], captions: dict[str, str], model: str
 
 
 def read_judgment(reply: str) -> str:
-    """What stands behind "Judgment:". Raises Unusable if that, or a reason before it, is absent."""
+    """What stands behind "Judgment:". Raises Unusable if that, or a reason before it, is absent or blank."""
     reason = re.search(r"Reason:\s*(.+?)\s*Judgment:", reply, re.DOTALL)
     judgment = re.search(r"Judgment:\s*(.+)", reply)
-    if not reason or not judgment or not judgment.group(1).strip():
+    if not reason or not reason.group(1).strip() or not judgment or not judgment.group(1).strip():
         raise Unusable("no_judgment")
     return judgment.group(1).strip()
 
@@ -125,17 +138,12 @@ class CapArenaRun:
     """Battles to judge, and the file that keeps them."""
 
     battles: Sequence[dict]
-    image_root: Path
+    pictures: Pictures
     output: Path
-    prompts: Path | None = None
+    prompts: Mapping[str, str] = field(default_factory=lambda: load_prompts(PROMPTS))
 
-    def check(self) -> None:
-        for battle in self.battles:
-            if not (self.image_root / battle["img"]).is_file():
-                raise UserError(f"no image {self.image_root / battle['img']}", remedy="check --images")
-
-    async def run(self, client: ChatClient, progress: Callable[[], None] = lambda: None) -> int:
-        """Judge the battles that have no judgment, and write all to `output`; return how many got none.
+    async def run(self, client: ChatClient, progress: Callable[[], None] = lambda: None) -> Counter[str]:
+        """Judge the battles that have no judgment, and write all to `output`; count those that got none, by reason.
 
         Battles found in `output` are gone on with: their order of captions and their judgments stay.
         """
@@ -143,13 +151,12 @@ class CapArenaRun:
         if self.output.exists():
             earlier = {battle["img"]: battle for battle in read_json(self.output, "earlier battles", list[Battle])}
             battles = [_same_battle(earlier.get(battle["img"]), battle) for battle in battles]
-        system, request = (load_prompt(name, self.prompts) for name in ("caparena", "caparena_request"))
         unsaved = 0
 
         async def one(battle: dict) -> None:
             nonlocal unsaved
             if "judge" not in battle:
-                reply = await client.ask(self._body(system, request, battle), _judged_reply)
+                reply = await client.ask(self._body(battle), _judged_reply)
                 battle.update(judge_reason=reply, judge=read_judgment(reply))
                 unsaved += 1
                 if unsaved >= SAVE_EVERY:
@@ -157,22 +164,21 @@ class CapArenaRun:
                     unsaved = 0
             progress()
 
+        unusable = self.pictures.unusable
+        unseen = Counter(unusable[b["img"]] for b in battles if "judge" not in b and b["img"] in unusable)
         try:
-            return await for_each(battles, one, client.endpoint.concurrency)
+            seen = [battle for battle in battles if battle["img"] not in unusable]
+            return unseen + await for_each(seen, one, client.endpoint.concurrency)
         finally:
             write_json(self.output, battles)
 
-    def _body(self, system: str, request: str, battle: dict) -> dict:
-        path = self.image_root / battle["img"]
-        data = read_image_file(path)
-        if PilDecoder()([data]) == [None]:
-            raise UserError(f"{path} cannot be decoded", remedy="replace the image")
-        url = f"data:{MEDIA_TYPES.get(path.suffix.lower(), 'image/jpeg')};base64,"
-        url += base64.b64encode(data).decode()
-        text = fill(request, caption_1=battle["caption1"], caption_2=battle["caption2"], reference=battle["ref"])
+    def _body(self, battle: dict) -> dict:
+        url = image_data_url(self.pictures.read(battle["img"]))
+        names = {"caption_1": battle["caption1"], "caption_2": battle["caption2"], "reference": battle["ref"]}
+        text = fill(self.prompts["caparena_request"], **names, caption_ref=battle["ref"])
         return {
             "messages": [
-                {"role": "system", "content": [{"type": "text", "text": system}]},
+                {"role": "system", "content": [{"type": "text", "text": self.prompts["caparena"]}]},
                 {
                     "role": "user",
                     "content": [
@@ -197,7 +203,7 @@ def _same_battle(earlier: dict | None, drawn: dict) -> dict:
 
 
 def _judged_reply(completion: Completion) -> str:
-    reply = completion.choices[0].message.content or ""
+    reply = usable_text(completion.choices[0])
     read_judgment(reply)
     return reply
 
@@ -225,3 +231,8 @@ def summarize(battles: Sequence[dict], model: str, mend: bool) -> dict[str, floa
         "battles": len(battles),
         "judged": sum(judged.values()),
     }
+
+
+def uncounted(battles: Sequence[dict], mend: bool) -> int:
+    """Battles whose judgment is in words that do not count."""
+    return sum("judge" in battle and winner(battle["judge"], mend) is None for battle in battles)

@@ -10,15 +10,16 @@ For the same replies the scores are the original's. Its quirks, each mended by `
 - a caption without facts, or without relevant ones, is invalid rather than worth 0, and so is a fact that the judge
   gave no relevance (taken for relevant when mended);
 - an image still invalid after five tries is dropped from the mean (also when mended; it is counted in the summary).
+
+Saner than the original, always: a refused or cut reply is asked for again by itself before the whole image is; where a
+server answers `n` with fewer choices, the missing ones are asked for, while the original would take the mean over fewer
+trials in silence; what was answered before a request failed is kept; pictures are sent upright and of bounded size.
 """
 
-import ast
-import base64
-import io
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NotRequired
@@ -28,24 +29,31 @@ from typing_extensions import TypedDict
 
 from balcap_mega.data.files import refuse_outside
 from balcap_mega.errors import UserError
-from balcap_mega.evaluation.session import (
-    fill,
-    for_each,
-    load_prompt,
-    read_json,
-    read_json_lines,
-    read_picture,
-    write_json,
+from balcap_mega.evaluation.dcscore_scoring import (
+    BAD_REPLY,
+    Trial,
+    facts_in,
+    relevant_facts,
+    score_image,
+    why_void,
 )
+from balcap_mega.evaluation.pictures import Pictures
+from balcap_mega.evaluation.session import fill, for_each, load_prompts, read_json, read_json_lines, write_json
 from balcap_mega.rewards.mllm.client import ChatClient
-from balcap_mega.rewards.mllm.failures import RequestFailed
+from balcap_mega.rewards.mllm.failures import RequestFailed, Unusable
+from balcap_mega.rewards.mllm.questions import image_data_url
+from balcap_mega.rewards.mllm.replies import Completion, Usage, usable_text
 
 TRIES = 5
 MATCHINGS = VERIFICATIONS = 3
-LONGEST_REPLY = 200_000  # characters; no list of facts comes near
+TEMPERATURES = {"extract": 1.0, "match": 1.0, "verify": 0.3}
 SYSTEM = "You are a helpful assistant."
-# What a reply of the wrong shape raises where it is read: the try is void, as in the original.
-BAD_REPLY = (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError)
+PROMPTS = {
+    "dcscore_extract": ("caption",),
+    "dcscore_match": ("predicted_atomic_facts", "oracle_atomic_facts"),
+    "dcscore_verify": ("reference_caption", "atomic_facts"),
+}
+PROTOCOL = 2  # raised when the same replies come to be scored otherwise
 
 
 class Captioned(TypedDict):
@@ -66,16 +74,39 @@ class Annotation(TypedDict):
     oracle_caption: NotRequired[str]
 
 
+class Details(TypedDict):
+    """What is read of a result's details before it is scored: replies kept from a try that a request ended."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    replies: NotRequired[dict[str, list[str]]]
+
+
 class Result(TypedDict):
     """A file of results, ours or the original's; its replies are read by `score_image`."""
 
     __pydantic_config__ = ConfigDict(extra="allow")
 
     valid: bool
+    eval_details: NotRequired[Details]
 
 
 def read_captions(path: str | Path) -> list[Captioned]:
     return read_json_lines(path, "DeCapBench's captions", Captioned)
+
+
+def check_captions(rows: Sequence[dict], annotations: Mapping[str, Annotation]) -> None:
+    """Raise UserError for a row that cannot be scored."""
+    for number, row in enumerate(rows):
+        absent = [key for key in ("image_path", "caption", "oracle_caption") if not isinstance(row.get(key), str)]
+        if absent:
+            raise UserError(f"captions: row {number} has no {absent[0]}", remedy="write DeCapBench's caption format")
+        refuse_outside(row["image_path"], f"captions: row {number}")
+        if row["image_path"] not in annotations:
+            raise UserError(
+                f"captions: row {number}: the annotations have no image {row['image_path']!r}",
+                remedy="use the image names of the annotation file",
+            )
 
 
 def read_annotations(path: str | Path) -> dict[str, Annotation]:
@@ -84,111 +115,6 @@ def read_annotations(path: str | Path) -> dict[str, Annotation]:
     for row in rows:
         refuse_outside(row["image_name"], str(path))
     return {row["image_name"]: row for row in rows}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Scores of one verification with one matching, over all facts and over the relevant ones."""
-
-    precision: float
-    recall: float
-    precision_relevant: float
-    recall_relevant: float
-
-    @property
-    def f1(self) -> float:
-        return _f1(self.precision, self.recall)
-
-    @property
-    def f1_relevant(self) -> float:
-        return _f1(self.precision_relevant, self.recall_relevant)
-
-
-def _f1(precision: float, recall: float) -> float:
-    return 2 * precision * recall / (precision + recall + 1e-8)
-
-
-def score_trial(
-    predicted: Sequence[dict], oracle_size: int, verification: Sequence[dict], matching: Sequence[dict], mend: bool
-) -> Trial:
-    """Score one pair of replies. Raises one of BAD_REPLY where the original would call the image invalid.
-
-    Recall = (verified unmatched facts + Σ over verified matched ones of 1 / facts matched to the same oracle fact)
-    / (oracle facts + verified unmatched facts).
-    """
-    matched_id = {entry["fact"]: _oracle_id(entry["matched_oracle_id"], oracle_size, mend) for entry in matching}
-    if set(matched_id) != {entry["fact"] for entry in verification}:
-        raise ValueError("matching and verification are about different facts")
-    relevant_facts = _relevant_facts(predicted, mend)
-    relevant = [entry for entry in verification if entry["fact"] in relevant_facts]
-    weigh_by = Counter(matched_id[entry["fact"]] for entry in verification)
-    relevant_weigh_by = Counter(matched_id[entry["fact"]] for entry in relevant) if mend else weigh_by
-    return Trial(
-        *_precision_recall(verification, matched_id, weigh_by, oracle_size, mend),
-        *_precision_recall(relevant, matched_id, relevant_weigh_by, oracle_size, mend),
-    )
-
-
-def _relevant_facts(predicted: Sequence[dict], mend: bool) -> set[str]:
-    return {fact["fact"] for fact in predicted if (fact.get("relevance", 1) if mend else fact["relevance"]) == 1}
-
-
-def _oracle_id(given: Any, oracle_size: int, mend: bool) -> Any:
-    if given is None or given == "None":
-        return None
-    if not mend:
-        return given
-    number = int(given) if str(given).strip().isdigit() else -1
-    return number if 0 <= number < oracle_size else None
-
-
-def _precision_recall(
-    facts: Sequence[dict], matched_id: dict[str, Any], weigh_by: Counter, oracle_size: int, mend: bool
-) -> tuple[float, float]:
-    if mend and not facts:
-        return 0.0, 0.0
-    verified = [matched_id[entry["fact"]] for entry in facts if entry["verification"] == 1]
-    unmatched = sum(identity is None for identity in verified)
-    covered = sum(1 if identity is None else 1 / weigh_by[identity] for identity in verified)
-    return len(verified) / len(facts), covered / (oracle_size + unmatched)
-
-
-def score_image(result: dict, mend: bool) -> list[Trial]:
-    """The trials, verifications × matchings, of one image's stored replies. Raises one of BAD_REPLY for void ones."""
-    details = result["eval_details"]
-    predicted = details["pred_atomic_facts"]
-    oracle_size = len(result["human_annotated_oracle_atomic_facts"])
-    matchings = [parse_reply(raw) for raw in details["mappings_with_human_raw"]]
-    trials = [
-        score_trial(predicted, oracle_size, verification, matching, mend)
-        for verification in details["verified_results"]
-        for matching in matchings
-    ]
-    if not trials:
-        raise ValueError("no trial")
-    return trials
-
-
-def parse_reply(text: str) -> Any:
-    """The list in a judge's reply, read as the original reads it: as Python first, then as JSON; None if neither."""
-    if len(text) > LONGEST_REPLY:
-        return None
-    after = text.split("```json")[-1]
-    flat = after.strip("`").strip().strip("\n").replace("\n", "")
-    readings = [
-        (ast.literal_eval, after.split("```")[0].strip("\n")),
-        (ast.literal_eval, flat),
-        (json.loads, flat),
-        (json.loads, flat.replace("`", "")),
-    ]
-    for read, source in readings:
-        try:
-            value = read(source)
-            json.dumps(value, ensure_ascii=False).encode()  # Python knows values that no file of results can hold
-            return value
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-    return None
 
 
 def as_block(entries: Sequence[dict]) -> str:
@@ -202,108 +128,124 @@ class DcScoreRun:
 
     captions: Sequence[dict]
     annotations: dict[str, dict]
-    image_root: Path
+    pictures: Pictures
     output: Path
     mend: bool = False
-    prompts: Path | None = None
+    prompts: Mapping[str, str] = field(default_factory=lambda: load_prompts(PROMPTS))
 
-    def check(self) -> None:
-        """Raise UserError for a row that cannot be scored."""
-        for number, row in enumerate(self.captions):
-            absent = [key for key in ("image_path", "caption", "oracle_caption") if not isinstance(row.get(key), str)]
-            if absent:
-                raise UserError(
-                    f"captions: row {number} has no {absent[0]}", remedy="write DeCapBench's caption format"
-                )
-            if row["image_path"] not in self.annotations:
-                raise UserError(
-                    f"captions: row {number}: the annotations have no image {row['image_path']!r}",
-                    remedy="use the image names of the annotation file",
-                )
-            refuse_outside(row["image_path"], f"captions: row {number}")
-            if not (self.image_root / row["image_path"]).is_file():
-                raise UserError(f"no image {self.image_root / row['image_path']}", remedy="check --images")
-
-    async def run(self, client: ChatClient, progress: Callable[[], None] = lambda: None) -> None:
-        """Judge every caption whose result is not there, or not valid."""
+    async def run(self, client: ChatClient, progress: Callable[[], None] = lambda: None) -> Counter[str]:
+        """Judge every caption whose result is not there, or not valid; count those that stay so, by reason."""
         self.output.mkdir(parents=True, exist_ok=True)
-        prompts = {name: load_prompt(f"dcscore_{name}", self.prompts) for name in ("extract", "match", "verify")}
+        void: Counter[str] = Counter()
 
         async def one(number: int) -> None:
-            path = self.output / f"{number}.json"
-            if not (path.exists() and read_json(path, "an earlier result", Result)["valid"]):
-                for _ in range(TRIES):
-                    result = await self._judge(client, prompts, self.captions[number])
-                    write_json(path, result)
-                    if result["valid"]:
-                        break
+            if (reason := await self._judge(client, number)) is not None:
+                void[reason] += 1
             progress()
 
-        await for_each(range(len(self.captions)), one, client.endpoint.concurrency)
+        return void + await for_each(range(len(self.captions)), one, client.endpoint.concurrency)
 
-    async def _judge(self, client: ChatClient, prompts: dict[str, str], row: dict) -> dict:
-        """One try at one image, in the original's result format."""
+    async def _judge(self, client: ChatClient, number: int) -> str | None:
+        """Try until there is a valid result; return why there is none.
+
+        A try is void when its replies cannot be scored, and the next one asks anew, as the original does. Where a
+        request fails, the replies so far are kept for the next run. Raises RequestFailed then.
+        """
+        row, path = self.captions[number], self.output / f"{number}.json"
+        if row["image_path"] in self.pictures.unusable:
+            return self.pictures.unusable[row["image_path"]]
+        earlier = read_json(path, "an earlier result", Result) if path.exists() else {"valid": False}
+        if earlier["valid"]:
+            return None
+        replies = earlier.get("eval_details", {}).get("replies", {})
+        for _ in range(TRIES):
+            result = self._empty_result(row, replies)
+            details = result["eval_details"]
+            try:
+                await self._try(client, result)
+                return None
+            except BAD_REPLY as error:
+                details["error"] = reason = why_void(error)
+                replies = details["replies"] = {}
+            except RequestFailed as error:
+                details["error"] = str(error)
+                raise
+            finally:
+                write_json(path, result)
+        return reason
+
+    def _empty_result(self, row: dict, replies: dict[str, list[str]]) -> dict:
+        """A result in the original's format, still without a judgement."""
         facts = [
             {"id": number, "fact": fact}
             for number, fact in enumerate(self.annotations[row["image_path"]]["oracle_facts"])
         ]
-        details: dict[str, Any] = {"consume_token": []}
-        result = {**row, "human_annotated_oracle_atomic_facts": facts, "eval_details": details, "valid": False}
-        try:
-            (reply,) = await self._ask(client, details, prompts["extract"], 1.0, 1, caption=row["caption"])
-            details["pred_atomic_facts"] = parse_reply(reply)
-            _relevant_facts(details["pred_atomic_facts"], self.mend)  # void facts are found before more is asked
-            shown = [{k: v for k, v in fact.items() if k != "relevance"} for fact in details["pred_atomic_facts"]]
-            details["mappings_with_human_raw"] = await self._ask(
-                client, details, prompts["match"], 1.0, MATCHINGS,
-                predicted_atomic_facts=as_block(shown), oracle_atomic_facts=as_block(facts),
-            )  # fmt: skip
-            details["mappings_with_human"] = [
-                {entry["fact"]: entry["matched_oracle_id"] for entry in parse_reply(raw)}
-                for raw in details["mappings_with_human_raw"]
-            ]
-            verified = await self._ask(
-                client, details, prompts["verify"], 0.3, VERIFICATIONS, image=row["image_path"],
-                reference_caption=row["oracle_caption"], atomic_facts=as_block(shown),
-            )  # fmt: skip
-            details["verified_results"] = [parse_reply(text) for text in verified]
-            _add_scores(result, score_image(result, self.mend))
-            result["valid"] = True
-        except (*BAD_REPLY, RequestFailed) as error:
-            details["error"] = f"{type(error).__name__}: {error}"
-        return result
+        details = {"consume_token": [], "replies": replies}
+        return {**row, "human_annotated_oracle_atomic_facts": facts, "eval_details": details, "valid": False}
+
+    async def _try(self, client: ChatClient, result: dict) -> None:
+        """Ask what `result` has no replies to yet, and score it. Raises one of BAD_REPLY, or RequestFailed."""
+        details = result["eval_details"]
+        (reply,) = await self._ask(client, details, "extract", 1, caption=result["caption"])
+        details["pred_atomic_facts"] = facts_in(reply)
+        relevant_facts(details["pred_atomic_facts"], self.mend)  # void facts are found before more is asked
+        shown = [{k: v for k, v in fact.items() if k != "relevance"} for fact in details["pred_atomic_facts"]]
+        facts = as_block(result["human_annotated_oracle_atomic_facts"])
+        details["mappings_with_human_raw"] = await self._ask(
+            client, details, "match", MATCHINGS, predicted_atomic_facts=as_block(shown), oracle_atomic_facts=facts
+        )
+        details["mappings_with_human"] = [
+            {entry["fact"]: entry["matched_oracle_id"] for entry in facts_in(raw)}
+            for raw in details["mappings_with_human_raw"]
+        ]
+        verified = await self._ask(
+            client, details, "verify", VERIFICATIONS, image=result["image_path"],
+            reference_caption=result["oracle_caption"], atomic_facts=as_block(shown),
+        )  # fmt: skip
+        details["verified_results"] = [facts_in(text) for text in verified]
+        _add_scores(result, score_image(result, self.mend))
+        result["valid"] = True
+        del details["replies"]  # they stand where the original puts them
 
     async def _ask(
-        self,
-        client: ChatClient,
-        details: dict,
-        prompt: str,
-        temperature: float,
-        n: int,
-        image: str | None = None,
-        **values,
+        self, client: ChatClient, details: dict, name: str, n: int, image: str | None = None, **values: str
     ) -> list[str]:
-        text = fill(prompt, **values)
-        content: Any = text
-        if image is not None:
-            picture = {"url": _jpeg_url(self.image_root / image), "detail": "high"}
-            content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": text}]
-        body = {
-            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
-            "temperature": temperature,
-            "max_completion_tokens": 2000,
-            "n": n,
-        }
-        completion = await client.ask(body, lambda completion: completion)
-        if completion.usage is not None:
-            details["consume_token"].append(completion.usage.prompt_tokens + 3 * completion.usage.completion_tokens)
-        return [choice.message.content or "" for choice in completion.choices]
+        """`n` usable replies to one prompt, those that `details` holds already first.
+
+        Many servers answer `n` with fewer choices, most of them with one: what is missing is asked for again.
+        """
+        replies = details["replies"].setdefault(name, [])
+        tokens = 0
+        content: Any = fill(self.prompts[f"dcscore_{name}"], **values)
+        if image is not None and len(replies) < n:
+            picture = {"url": image_data_url(self.pictures.read(image)), "detail": "high"}
+            content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": content}]
+        while len(replies) < n:
+            body = {
+                "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
+                "temperature": TEMPERATURES[name],
+                "max_completion_tokens": 2000,
+                "n": n - len(replies),
+            }
+            texts, usage = await client.ask(body, _usable_choices)
+            replies += texts[: n - len(replies)]
+            if usage is not None:
+                tokens += usage.prompt_tokens + 3 * usage.completion_tokens
+        details["consume_token"].append(tokens)
+        return replies
 
 
-def _jpeg_url(path: Path) -> str:
-    buffer = io.BytesIO()
-    read_picture(path).save(buffer, "jpeg")
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _usable_choices(completion: Completion) -> tuple[list[str], Usage | None]:
+    """The texts of the choices that are usable. Raises Unusable if none is."""
+    texts, problem = [], Unusable("empty")
+    for choice in completion.choices:
+        try:
+            texts.append(usable_text(choice))
+        except Unusable as error:
+            problem = error
+    if not texts:
+        raise problem
+    return texts, completion.usage
 
 
 def _add_scores(result: dict, trials: Sequence[Trial]) -> None:
@@ -323,12 +265,10 @@ def _add_scores(result: dict, trials: Sequence[Trial]) -> None:
     result["eval_details"].update(means)
 
 
-def summarize(folder: Path, mend: bool) -> dict[str, float]:
-    """Scores × 100 over a folder of results, ours or the original's, from the replies stored in them."""
+def summarize(folder: Path, mend: bool, rows: int) -> dict[str, float]:
+    """Scores × 100 over the results of the first `rows` captions, ours or the original's, from the stored replies."""
     results = [
-        read_json(path, "a result", Result)
-        for path in sorted(folder.glob("*.json"), key=lambda path: path.name)
-        if path.stem.isdigit()
+        read_json(path, "a result", Result) for path in (folder / f"{n}.json" for n in range(rows)) if path.exists()
     ]
     scored: list[list[Trial]] = []
     for result in results:
@@ -352,5 +292,5 @@ def summarize(folder: Path, mend: bool) -> dict[str, float]:
         "recall_relevant": mean(lambda t: t.recall_relevant),
         "f1_relevant": mean(lambda t: t.f1_relevant),
         "images": len(scored),
-        "invalid": len(results) - len(scored),
+        "invalid": rows - len(scored),
     }

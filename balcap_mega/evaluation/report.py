@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from balcap_mega.evaluation.session import Spending, write_json
+from balcap_mega.evaluation.session import Coverage, Spending, write_json
 
 
 @contextmanager
@@ -26,16 +26,20 @@ def write_report(
     title: str,
     figures: dict[str, float],
     breakdown: Sequence[dict],
+    coverage: Coverage,
     this_run: Spending,
     all_runs: Spending,
-    settings: dict,
+    origins: dict,
 ) -> None:
-    """Write `path` and print the table. Scores are on a scale of 100."""
+    """Write `path` and print the table. Scores are on a scale of 100; `origins` says what they were made from."""
     report = {
         "benchmark": title,
         "figures": figures,
         "breakdown": list(breakdown),
-        "settings": settings,
+        "judged": coverage.judged,
+        "to_judge": coverage.total,
+        "not_judged": coverage.missing,
+        **origins,
         "spent_this_run": asdict(this_run),
         "spent_all_runs": asdict(all_runs),
     }
@@ -45,6 +49,7 @@ def write_report(
     if breakdown:
         names = list(breakdown[0])
         console.print(_table("", names, [[_shown(row[name]) for name in names] for row in breakdown]))
+    console.print(str(coverage))
     cost = "" if all_runs.dollars is None else f", ${all_runs.dollars:.2f}"
     console.print(
         f"{all_runs.requests} requests, {all_runs.prompt_tokens} prompt and {all_runs.completion_tokens} completion "

@@ -5,71 +5,118 @@ import json
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from string import Formatter
 from typing import Any, TypeVar
 
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from balcap_mega.data.files import read_image_file
-from balcap_mega.data.images import PilDecoder
 from balcap_mega.errors import UserError
 from balcap_mega.rewards.mllm.client import ChatClient, ClientCounters
 from balcap_mega.rewards.mllm.failures import RequestFailed
 from balcap_mega.rewards.mllm.judge import JudgeReport
+from balcap_mega.rewards.mllm.questions import image_data_url
+from balcap_mega.rewards.mllm.replies import usable_text
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def load_prompt(name: str, folder: str | Path | None = None) -> str:
-    """A judge prompt: ours, or `folder/name.txt`, where a benchmark's original wording can be put."""
+def load_prompts(needs: Mapping[str, Sequence[str]], folder: str | Path | None = None) -> dict[str, str]:
+    """Judge prompts by name: ours, or `folder/<name>.txt`, where an original's wording can be put as it stands.
+
+    needs: for each prompt the names that must stand in it in braces; of "reference|caption_ref" one is enough. Raises
+    UserError for a prompt that lacks them: the judge would never see what it is asked about.
+    """
     if folder is None:
-        return files("balcap_mega.evaluation").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8")
-    path = Path(folder) / f"{name}.txt"
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--prompts: {path} cannot be read", remedy="put the prompt there, or leave --prompts out"
-        ) from error
+        prompts = files("balcap_mega.evaluation").joinpath("prompts")
+        return {name: prompts.joinpath(f"{name}.txt").read_text(encoding="utf-8") for name in needs}
+    texts = {}
+    for name, wanted in needs.items():
+        path = Path(folder) / f"{name}.txt"
+        try:
+            texts[name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--prompts: {path} cannot be read", remedy="put the prompt there, or leave --prompts out"
+            ) from error
+        for names in wanted:
+            braced = [f"{{{one}}}" for one in names.split("|")]
+            if not any(one in texts[name] for one in braced):
+                shown = " or ".join(braced)
+                raise UserError(f"--prompts: {path} has no {shown}", remedy=f"write {shown} where it belongs")
+    return texts
 
 
 def fill(template: str, **values: str) -> str:
-    """Put `values` at their {names}; braces anywhere else, also within the values, stay as they are."""
+    """Put `values` at their {names}; braces anywhere else, also within the values, stay as they are.
+
+    A template whose other braces are all doubled, as `str.format` wants them, is filled as `str.format` does.
+    """
+    try:
+        names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError:
+        names = {""}
+    if names <= values.keys():
+        return template.format(**values)
     return re.sub(r"\{(\w+)\}", lambda name: values.get(name[1], name[0]), template)
 
 
-async def check(client: ChatClient) -> None:
-    """Raise UserError unless the endpoint answers a small question."""
-    question = {"messages": [{"role": "user", "content": "Reply with the letter A."}], "max_completion_tokens": 4}
+async def check(client: ChatClient, picture: bool = False, tokens: int = 2000) -> None:
+    """Raise UserError unless the endpoint answers a small question, with a `picture` and within so many `tokens`."""
+    content: Any = "Reply with the letter A."
+    if picture:
+        url = image_data_url(Image.new("RGB", (64, 64), "red"))
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": content}]
+    question = {"messages": [{"role": "user", "content": content}], "max_completion_tokens": tokens}
     try:
-        await client.ask(question, lambda completion: completion)
+        await client.ask(question, lambda completion: usable_text(completion.choices[0], cut_is_fine=True))
     except RequestFailed as error:
+        shown = ", with a picture" if picture else ""
+        thinks = error.reasons[-1] in ("empty", "truncated")
         raise UserError(
-            f"the judge {client.endpoint.model!r} does not answer: {error}",
-            remedy="check that the endpoint runs, serves that model, and takes the key",
+            f"the judge {client.endpoint.model!r} does not answer a small question{shown}: {error}",
+            remedy="a judge that thinks first needs more tokens: raise --max-tokens"
+            if thinks
+            else "check that the endpoint runs, serves that model, and takes the key",
         ) from error
 
 
-async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> int:
-    """Run `work(item)` for every item, `at_once` at a time; return how many failed for lack of a judge's reply.
+@dataclass(frozen=True)
+class Coverage:
+    """How much of what a run was about has a judgement. missing: what has none, by reason."""
+
+    total: int
+    missing: dict[str, int]
+
+    @property
+    def judged(self) -> int:
+        return self.total - sum(self.missing.values())
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.missing.items()))
+        return f"{self.judged} of {self.total} judged" + (f"; not judged: {reasons}" if reasons else "")
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> Counter[str]:
+    """Run `work(item)` for every item, `at_once` at a time; count those that got no usable reply, by reason.
 
     Those are logged and left for the next run. Any other error ends the run.
     """
     remaining = iter(list(items))
-    failed = 0
+    failed: Counter[str] = Counter()
 
     async def worker() -> None:
-        nonlocal failed
         for item in remaining:
             try:
                 await work(item)
             except RequestFailed as error:
-                failed += 1
+                failed[error.reasons[-1]] += 1
                 log.warning("no reply: %s", error)
 
     try:
@@ -109,14 +156,6 @@ def _parse(adapter: TypeAdapter, text: bytes, where: str, what: str) -> Any:
         first = error.errors()[0]
         key = "".join(f"{part}: " for part in first["loc"])
         raise UserError(f"{where}: {key}{first['msg']}", remedy=f"name the JSON file with {what}") from error
-
-
-def read_picture(path: Path) -> Image.Image:
-    """An image file as training would read it. Raises UserError for one that cannot be decoded."""
-    (picture,) = PilDecoder()([read_image_file(path)])
-    if picture is None:
-        raise UserError(f"{path} cannot be decoded", remedy="replace the image")
-    return picture
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,0 +1,67 @@
+"""The pictures an evaluation is about: each looked at once, before anything is generated, asked or paid for."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from balcap_mega.data.files import read_image_file
+from balcap_mega.data.images import PilDecoder
+from balcap_mega.errors import UserError
+
+MISSING, CORRUPT = "no_picture", "corrupt_picture"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Picture files below `root`, by their path there.
+
+    digests:  SHA-256 of each file that can be decoded
+    unusable: why each of the others cannot be judged, MISSING or CORRUPT
+    """
+
+    root: Path
+    digests: dict[str, str]
+    unusable: dict[str, str]
+
+    @classmethod
+    def look_at(cls, root: Path, names: Iterable[str]) -> "Pictures":
+        """Read and decode every one of `names`. One that cannot be is set aside; it does not end a run of thousands."""
+        names = list(dict.fromkeys(names))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without holding Python's lock
+            found = dict(zip(names, pool.map(lambda name: _digest(root / name), names), strict=True))
+        digests = {name: digest for name, digest in found.items() if digest not in (MISSING, CORRUPT)}
+        return cls(root, digests, {name: why for name, why in found.items() if name not in digests})
+
+    def refuse_too_many_unusable(self, most: float) -> None:
+        """Raise UserError if more than the fraction `most` of the pictures cannot be used."""
+        total = len(self.digests) + len(self.unusable)
+        if len(self.unusable) > most * total:
+            name, why = next(iter(self.unusable.items()))
+            raise UserError(
+                f"{len(self.unusable)} of {total} pictures below --images {self.root} are missing or cannot be "
+                f"decoded, e.g. {name!r} ({why}); --max-unjudged is {most:g}",
+                remedy="check --images, complete the pictures, or raise --max-unjudged",
+            )
+
+    def read(self, name: str) -> Image.Image:
+        return read_picture(self.root / name)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """An image file as training would read it. Raises UserError for one that cannot be decoded."""
+    (picture,) = PilDecoder()([read_image_file(path)])
+    if picture is None:
+        raise UserError(f"{path} cannot be decoded", remedy="replace the image")
+    return picture
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        return MISSING
+    data = read_image_file(path)
+    return CORRUPT if PilDecoder()([data]) == [None] else hashlib.sha256(data).hexdigest()
