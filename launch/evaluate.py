@@ -33,6 +33,7 @@ from balcap_mega.evaluation.session import (
     write_json,
     write_json_lines,
 )
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.rewards.mllm.client import ChatClient
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
@@ -66,7 +67,7 @@ class Evaluation:
         options = self.options
         rollout = {"max_tokens": options.caption_tokens, "max_model_len": options.max_model_len}
         model = ModelConfig(path=str(options.model))
-        check_model(model, ParallelConfig(), validate(RolloutConfig, rollout, "the captioning options"))
+        check_model(model, ParallelConfig(), validate(RolloutConfig, rollout, "the captioning options"), FAMILIES)
         content = checkpoint_digest(options.model)
         return CaptionsMaker(str(options.model), content, options.caption_prompt, options.caption_tokens)
 
