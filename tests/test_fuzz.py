@@ -34,7 +34,8 @@ from balcap_mega.config.schema import (
     RewardConfig,
     RolloutConfig,
 )
-from balcap_mega.data.images import MOST_PIXELS, DaliDecoder, PilDecoder
+from balcap_mega.data.headers import MOST_PIXELS
+from balcap_mega.data.images import DaliDecoder, PilDecoder
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.errors import UserError

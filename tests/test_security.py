@@ -22,7 +22,8 @@ from PIL import Image
 from balcap_mega.config.load import load_config
 from balcap_mega.config.schema import JudgeEndpoint, RewardConfig
 from balcap_mega.data.files import ImageFileDataset, ImageRow, read_image_file
-from balcap_mega.data.images import MOST_SCANS, START_OF_SCAN, DaliDecoder, PilDecoder
+from balcap_mega.data.headers import MOST_SCANS, START_OF_SCAN
+from balcap_mega.data.images import DaliDecoder, PilDecoder
 from balcap_mega.data.jsonl import as_line, read_jsonl
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation import caparena, dcscore

@@ -8,13 +8,16 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from balcap_mega.data.images import ImageDecoder, PilDecoder, shrink
+from balcap_mega.data.headers import Unreadable, picture_size
+from balcap_mega.data.images import ImageDecoder, PilDecoder, shrink, why_unreadable
 from balcap_mega.data.records import CaptionRecord, refuse_placeholders
 from balcap_mega.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 2**28  # of an image file; MOST_PIXELS have 100 MB without any compression
+MOST_BYTES = 2**28  # of an image file; MOST_PIXELS have 200 MB without any compression
+# How files begin whose pictures end before they do: a phone puts its video behind a photo.
+MAY_GO_ON = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class ImageRow:
 class ImageFileDataset:
     """Records of those rows whose image file is there, in the rows' order.
 
-    A picture that turns out to be corrupt is replaced by the next sound one, the same on every rank.
+    A picture that cannot be read is replaced by the next sound one, the same on every rank, and the log says why.
     missing, corrupt: how many rows were left out so far, and how many replaced; more than `max_missing_fraction` of
     all rows raises UserError, at construction or on the access that meets one too many.
     """
@@ -57,6 +60,7 @@ class ImageFileDataset:
         self._max_pixels = max_pixels
         self._max_missing_fraction = max_missing_fraction
         self._corrupt: set[int] = set()
+        self._reason = ""  # that the last of them is not read
         if self.missing:
             absent = next(row.image for row in rows if row.image not in present)
             log.warning("%d of %d images are missing below %s, e.g. %r", self.missing, len(rows), self.root, absent)
@@ -92,6 +96,17 @@ class ImageFileDataset:
         """Whether the picture of row `index` can be decoded."""
         return self._decode([self._read(index)]) != [None]
 
+    def picture_size(self, index: int) -> tuple[int, int]:
+        """(width, height) of the picture of row `index`, by its header alone. Raises Unreadable."""
+        return picture_size(image_bytes(self.root / self.rows[index].image), self._max_pixels)
+
+    def why_unreadable(self, index: int) -> str | None:
+        """In words that go on from the file's name; None for a picture that is read."""
+        try:
+            return why_unreadable(image_bytes(self.root / self.rows[index].image))
+        except Unreadable as error:
+            return str(error)
+
     def subset(self, images: set[str], size: int | None = None) -> "ImageFileDataset":
         """The first `size` rows whose image is one of `images`."""
         part = copy(self)
@@ -112,10 +127,13 @@ class ImageFileDataset:
         while True:
             if index not in self._corrupt:
                 self._corrupt.add(index)
-                log.warning("%r is corrupt; the next image takes its place", str(self.root / self.rows[index].image))
+                self._reason = f"{str(self.root / self.rows[index].image)!r} {self.why_unreadable(index)}"
+                log.warning("%s; the next image takes its place", self._reason)
                 self._refuse_too_many()
                 if len(self._corrupt) == len(self.rows):
-                    raise UserError(f"no image below {self.root} can be decoded", remedy="replace the images")
+                    raise UserError(
+                        f"no image below {self.root} can be decoded, e.g. {self._reason}", remedy="replace the images"
+                    )
             index = (index + 1) % len(self.rows)
             (picture,) = self._decode([self._read(index)])
             if picture is not None:
@@ -126,7 +144,8 @@ class ImageFileDataset:
         if lost > self._max_missing_fraction * self._total:
             raise UserError(
                 f"{self.missing} of {self._total} images are missing below {self.root} and {len(self._corrupt)} are "
-                f"corrupt; data.max_missing_fraction is {self._max_missing_fraction:g}",
+                f"corrupt{f' (e.g. {self._reason})' if self._reason else ''}; data.max_missing_fraction is "
+                f"{self._max_missing_fraction:g}",
                 remedy="complete the images, keep only rows that you have by data.image_prefixes, or raise the limit",
             )
 
@@ -144,17 +163,30 @@ def refuse_outside(image: str, where: str) -> None:
         )
 
 
-def read_image_file(path: Path) -> bytes:
-    """The file's bytes; none, which no decoder takes for an image, if it is no plain file, too large or unreadable.
+def image_bytes(path: Path) -> bytes:
+    """The file's bytes, at most MOST_BYTES of them. Raises Unreadable if it is no plain file, or larger.
 
     A pipe or a device in an image's place would be waited for, or read, for ever.
     """
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
-            return file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= MOST_BYTES else b""
+            if not stat.S_ISREG(status.st_mode):
+                raise Unreadable("is no plain file")
+            if status.st_size > MOST_BYTES and not file.read(8).startswith(MAY_GO_ON):
+                raise Unreadable(f"has {status.st_size} bytes, more than the {MOST_BYTES} that are read of an image")
+            file.seek(0)
+            return file.read(MOST_BYTES)
     except OSError as error:
-        log.warning("%r cannot be read: %s", str(path), error.strerror)
+        raise Unreadable(f"cannot be read: {error.strerror}") from None
+
+
+def read_image_file(path: Path) -> bytes:
+    """The same; none, which no decoder takes for an image, where `image_bytes` raises."""
+    try:
+        return image_bytes(path)
+    except Unreadable as error:
+        log.warning("%r %s", str(path), error)
         return b""
 
 
