@@ -16,7 +16,8 @@ from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read
 
 METRICS = {
     "reward/b_capscore": 0.512, "reward/precision": 0.6, "reward/recall": 0.4, "reward/linguistic": 0.7,
-    "reward/gate_rate": 0.125, "reward/length_ratio": 1.25, "policy/kl_reference": 0.0, "policy/kl_old": 1.5e-4,
+    "reward/gate_rate": 0.125, "reward/length_ratio": 1.25, "rollout/truncated": 0.25,
+    "policy/kl_reference": 0.0, "policy/kl_old": 1.5e-4,
     "policy/clip_fraction": 0.01, "policy/entropy": 1.234, "rollout/logprob_difference_max": 2.5e-6,
     "throughput/response_tokens_per_second": 812.0, "seconds/step": 30.0, "seconds/rollout": 10.0,
     "seconds/rewards": 1.0, "seconds/update": 18.0, "seconds/refit": 1.0,
@@ -96,10 +97,10 @@ def test_plain_log():
     log = console(file)
     for step in range(100):
         log.warmup_step(step, UpdateResult(loss=2.0, gradient_norm=1.0, metrics={}))
-    log.evaluation("before", SCORES)
+    log.evaluation("before", SCORES, dict.fromkeys(SCORES, 256))
     for step in range(25):
         log.step(step, METRICS)
-    log.evaluation("after", SCORES | {"b_capscore": 61.6})
+    log.evaluation("after", SCORES | {"b_capscore": 61.6}, dict.fromkeys(SCORES, 256) | {"b_capscore": 32})
     log.stopped("SIGTERM")
     text = file.getvalue()
     assert text.isprintable() or set(re.findall(r"[^\x20-\x7e]", text)) <= {"\n", "─"}  # no control codes
@@ -108,18 +109,20 @@ def test_plain_log():
     heading, first, *rest = [line for line in text.splitlines() if line.startswith("step ") or "/25" in line]
     assert len(rest) == 24 + 1  # the heading comes again after 20 lines
     assert heading.split()[1] == COLUMNS[0].title
-    numbers = "1/25 51.2 60.0 40.0 70.0 12.5 1.25 1.5e-04 1.0 1.234 2.5e-06 812 30.0 10.0 1.0 18.0 1.0 12:00"
+    numbers = "1/25 51.2 60.0 40.0 70.0 12.5 1.25 25.0 1.5e-04 1.0 1.234 2.5e-06 812 30.0 10.0 1.0 18.0 1.0 12:00"
     assert " ".join(first.split()) == numbers
     assert len(first) == len(heading)
     assert re.search(r"b-CapScore +48\.6 +61\.6 +\+13\.0", text)
-    assert re.search(r"length ratio +1\.40 +1\.40 +\+0\.00", text)
+    assert re.search(r"length ratio +1\.40 +1\.40 +\+0\.00 +256 *\n", text)
+    assert re.search(r"b-CapScore +48\.6 +61\.6 +\+13\.0 +256 / 32 *\n", text), "scores say over how many captions"
+    assert "top_p" not in text
 
 
 def test_only_the_first_rank_speaks():
     file = io.StringIO()
     log = console(file, enabled=False)
     log.step(0, METRICS)
-    log.evaluation("before", SCORES)
+    log.evaluation("before", SCORES, dict.fromkeys(SCORES, 256))
     assert file.getvalue() == ""
 
 

@@ -30,6 +30,7 @@ STEP = {
     "seconds/<b>rollout": 1.0, "seconds/update": 2.0, "seconds/step": 3.0,
 }  # fmt: skip
 SCORES = {"precision": 50.0, "recall": 40.0, "linguistic": 60.0, "b_capscore": 48.6, "length_ratio": 1.4}
+COUNTS = dict.fromkeys(SCORES, 256)
 NO_VERDICT = Judgement(None, None, None, None, None)
 STYLE_ONLY = Judgement(None, None, 0.5, 0.5, 0.5)
 JUDGE = SceneJudge()
@@ -169,7 +170,8 @@ def test_score_words():
 
 
 def test_score_rows():
-    rows = {row["label"]: row for row in score_rows(SCORES, SCORES | {"recall": 31.5, "length_ratio": 3.0})}
+    after = SCORES | {"recall": 31.5, "length_ratio": 3.0}
+    rows = {row["label"]: row for row in score_rows(SCORES, after, COUNTS, COUNTS)}
     assert (rows["recall"]["after"], rows["recall"]["change"]) == ("31.5", "−8.5")
     assert (rows["length ratio"]["change"], rows["length ratio"]["start"], rows["length ratio"]["stop"]) == (
         "+1.60",

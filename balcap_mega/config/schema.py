@@ -106,6 +106,8 @@ class WarmupConfig(Section):
 class RolloutConfig(Section):
     """vLLM: prompts a step, captions a prompt, and how they are sampled.
 
+    top_p: below 1, captions come from the nucleus alone, while the trainer differentiates the whole distribution. That
+        bias is not corrected, and neither ratio nor mismatch shows it; a run says so as it begins.
     memory_fraction: what the engine may take of a GPU, weights and cache and all. The learner's weights stay beside it;
         what else the learner needs does not, unless `parallel.offload` is never.
     """
@@ -145,7 +147,11 @@ class LengthGateConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """Rewards to gradient. Weights go by name, never by position."""
+    """Rewards to gradient. Weights go by name, never by position.
+
+    truncated: what a caption is worth that was cut at rollout.max_tokens. `score`: what the judge says of it, like any
+        other. `mask`: it is judged and counts in its group's mean and deviation, but is left out of the loss.
+    """
 
     weights: dict[Literal["precision", "recall", "linguistic"], NonNegative] = {
         "precision": 1.0,
@@ -165,6 +171,7 @@ class AlgorithmConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
     ratio_level: Literal["token", "sequence"] = "token"
     entropy_weight: NonNegative = 0.0
+    truncated: Literal["score", "mask"] = "score"
     fused: bool = True
 
     @model_validator(mode="after")
@@ -268,6 +275,7 @@ class HealthConfig(Section):
     skipped:         share of a step's updates that were left out
     constant_reward: standard deviation of a component over the step's captions
     missing_reward:  share of captions without a component; one step past rewards.max_missing_fraction is the last
+    truncated:       share of captions that were cut at rollout.max_tokens
     low_entropy:     nats a token
     short_captions, long_captions: caption length over reference length
     """
@@ -277,6 +285,7 @@ class HealthConfig(Section):
     skipped: TrendCheck = TrendCheck(policy="stop", bound=0.0, steps=10)
     constant_reward: TrendCheck = TrendCheck(policy="warn", bound=1e-6, steps=20)
     missing_reward: TrendCheck = TrendCheck(policy="warn", bound=0.1, steps=20)
+    truncated: TrendCheck = TrendCheck(policy="warn", bound=0.5, steps=20)
     low_entropy: TrendCheck = TrendCheck(policy="warn", bound=0.01, steps=20)
     short_captions: TrendCheck = TrendCheck(policy="warn", bound=0.1, steps=20)
     long_captions: TrendCheck = TrendCheck(policy="warn", bound=5.0, steps=20)

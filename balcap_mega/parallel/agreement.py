@@ -1,6 +1,5 @@
 """One answer on all ranks: what any of them saw, what all of them have done, what the first one found. Collectives."""
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -9,6 +8,7 @@ import torch
 import torch.distributed
 
 from balcap_mega.errors import UserError
+from balcap_mega.parallel.host import this_rank
 
 Value = TypeVar("Value")
 
@@ -53,10 +53,9 @@ def failing_together(device: torch.device) -> Iterator[None]:
 
 def _described(error: Exception) -> tuple[str, str]:
     """Problem and remedy, as the other ranks say them."""
-    where = f"rank {torch.distributed.get_rank()} on {socket.gethostname()}"
     if isinstance(error, UserError):
-        return f"{where}: {error.problem}", error.remedy
-    return f"{where}: {type(error).__name__}: {error}", "see the traceback of that rank"
+        return f"{this_rank()}: {error.problem}", error.remedy
+    return f"{this_rank()}: {type(error).__name__}: {error}", "see the traceback of that rank"
 
 
 def _reduced(flag: bool, device: torch.device, operation) -> bool:

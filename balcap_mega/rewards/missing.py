@@ -7,12 +7,19 @@ from balcap_mega.errors import UserError
 
 
 class TooManyMissing(UserError):
-    """Raised before the step's update, so the policy and the optimizer are still those of the last step."""
+    """In a step it is raised before the update, so the policy and the optimizer are still those of the last step."""
 
 
-def refuse_missing(batch: RewardBatch, max_fraction: float, reasons: Mapping[str, int] | None = None) -> None:
-    """Raise TooManyMissing where a component is missing for more than `max_fraction` of the step's captions.
+def refuse_missing(
+    batch: RewardBatch,
+    max_fraction: float,
+    reasons: Mapping[str, int] | None = None,
+    *,
+    captions: str = "this step's captions",
+) -> None:
+    """Raise TooManyMissing where a component is missing for more than `max_fraction` of the captions.
 
+    The one rule for training and for held-out evaluation; `captions` says which they are.
     `batch` is the global batch, so every rank decides the same. `reasons` (failed requests by reason) go into the
     message. A record whose reference has no units counts as a missing recall: it gives no signal either.
     """
@@ -22,7 +29,7 @@ def refuse_missing(batch: RewardBatch, max_fraction: float, reasons: Mapping[str
         shares = ", ".join(f"{name} {share:.1%}" for name, share in zip(batch.names, missing.tolist()))
         met = ", ".join(f"{reason} x{count}" for reason, count in sorted((reasons or {}).items(), key=lambda x: -x[1]))
         raise TooManyMissing(
-            f"the judge failed for too many of this step's captions: missing {shares}; "
+            f"the judge failed for too many of {captions}: missing {shares}; "
             f"rewards.max_missing_fraction is {max_fraction:.1%}; failed requests: {met or 'not counted'}",
             remedy="look at the judge's endpoint (the log has the request ids) and resume from the last checkpoint",
         )

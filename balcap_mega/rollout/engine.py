@@ -120,9 +120,10 @@ class RolloutEngine:
 
         It leaves nothing behind in the engine's caches: the next captions come out bit for bit as without it.
         """
-        groups = self._generate(requests, lambda request: self._sampling_params(temperature=0.0), 1, on_finished)
-        self.reset_caches()
-        return groups
+        try:
+            return self._generate(requests, lambda request: self._sampling_params(temperature=0.0), 1, on_finished)
+        finally:
+            self.reset_caches()
 
     def reset_caches(self) -> None:
         """Forget everything computed with the weights so far: key/values, processed images, image embeddings.

@@ -1,5 +1,6 @@
 """Held-out evaluation: one greedy caption an image, judged, before and after reinforcement learning."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,10 @@ from statistics import fmean
 from pydantic import TypeAdapter, ValidationError
 
 from balcap_mega.errors import UserError
-from balcap_mega.rewards.collect import CaptionScore
+from balcap_mega.parallel.agreement import failing_together
+from balcap_mega.rewards.collect import CaptionScore, build_reward_batch
 from balcap_mega.rewards.judge import COMPONENTS, Judge, Judgement, b_capscore
+from balcap_mega.rewards.missing import refuse_missing
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.training.batches import Prompts
@@ -37,17 +40,32 @@ class HeldOutResult:
     def scores(self) -> dict[str, float]:
         """precision, recall, linguistic and their harmonic mean b_capscore on 0-100; length over reference length.
 
-        A missing component is left out of its mean.
+        A caption without a component is left out of that component's mean, which is NaN if all are: see `counts`.
         """
         means = {}
         for name in COMPONENTS:
-            values = [value for caption in self.captions if (value := getattr(caption.score, name)) is not None]
-            means[name] = 100 * fmean(values)
+            values = self._values(name)
+            means[name] = 100 * fmean(values) if values else math.nan
         return {
             **means,
             "b_capscore": b_capscore(**means),
             "length_ratio": fmean(c.score.length / max(c.score.reference_length, 1.0) for c in self.captions),
         }
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Over how many captions each of `scores` is; b_capscore over as many as the fewest of its components."""
+        judged = {name: len(self._values(name)) for name in COMPONENTS}
+        return {**judged, "b_capscore": min(judged.values()), "length_ratio": len(self.captions)}
+
+    def metrics(self) -> dict[str, float]:
+        """`scores`, and the share of captions without each component, by the names of metrics.jsonl."""
+        total = len(self.captions)
+        missing = {f"{name}_missing": 1 - self.counts[name] / total for name in COMPONENTS}
+        return {f"held_out/{name}": value for name, value in (self.scores | missing).items()}
+
+    def _values(self, name: str) -> list[float]:
+        return [value for caption in self.captions if (value := getattr(caption.score, name)) is not None]
 
 
 _RESULT = TypeAdapter(HeldOutResult)
@@ -60,14 +78,22 @@ def evaluate_held_out(
     records: Prompts,
     length: Callable[[str], float],
     timeout_seconds: float,
+    max_missing_fraction: float,
 ) -> HeldOutResult:
-    """Caption the records greedily and judge each caption. A collective: the engines share the records out."""
+    """Caption the records greedily and judge each caption. A collective: the engines share the records out.
+
+    What goes wrong on one rank is raised on all of them. Raises TooManyMissing by the rule that steps have too.
+    """
     judging = Judging(judge if replica.is_leader else None, records, length, timeout_seconds)
-    mine = [
-        HeldOutCaption(group.seen.index, group.rollouts[0].text, judged.judgement, judged.score)
-        for group, [judged] in judging.scored(engine.greedy(records.of(replica), on_finished=judging.submit))
-    ]
-    return HeldOutResult(tuple(replica.gather(mine)))
+    with failing_together(engine.device):
+        mine = [
+            HeldOutCaption(group.seen.index, group.rollouts[0].text, judged.judgement, judged.score)
+            for group, [judged] in judging.scored(engine.greedy(records.of(replica), on_finished=judging.submit))
+        ]
+    captions = replica.gather(mine)
+    rewards = build_reward_batch([[caption.score] for caption in captions])
+    refuse_missing(rewards, max_missing_fraction, captions="the held-out captions")
+    return HeldOutResult(tuple(captions))
 
 
 def write_result(path: Path, result: HeldOutResult) -> None:

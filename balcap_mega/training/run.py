@@ -72,18 +72,20 @@ def train(
         trainer.refit.run()
     with phase("evaluation"):
         before = evaluation_before(trainer, first_step, eval_set, folder)
-    console.evaluation("before", before.scores)
+    console.evaluation("before", before.scores, before.counts)
     with phase("reinforcement"):
         improve(trainer, first_step, eval_set, folder, console)
     with phase("export"):
         export(trainer, start, folder)
     with phase("evaluation"):
-        after = trainer.evaluate(eval_set)
-    console.evaluation("after", after.scores)
+        after = evaluation_after(trainer, eval_set, folder)
+    console.evaluation("after", after.scores, after.counts)
     trainer.judge.close()
     if torch.distributed.get_rank() == 0:
         write_result(folder.after, after)
-        write_json(folder.summary, {"before": before.scores, "after": after.scores, "seconds": phase.seconds})
+        counts = {"before": before.counts, "after": after.counts}
+        scores = {"before": before.scores, "after": after.scores}
+        write_json(folder.summary, {**scores, "captions": counts, "seconds": phase.seconds})
         write_report(folder, config, before, after, eval_set)
     console.finished(folder.root)
 
@@ -127,7 +129,7 @@ def improve(trainer: Trainer, first_step: int, eval_set: CaptionDataset, folder:
         for step in range(first_step, config.steps):
             metrics = trainer.step(step)
             if config.eval_every and (step + 1) % config.eval_every == 0:
-                metrics |= {f"held_out/{name}": score for name, score in trainer.evaluate(eval_set).scores.items()}
+                metrics |= evaluation_between(trainer, step + 1, eval_set, console)
             findings = trainer.health.observe(step + 1, metrics)
             metrics |= {f"health/{finding.check}": finding.value for finding in findings}
             log(step, metrics)
@@ -138,6 +140,24 @@ def improve(trainer: Trainer, first_step: int, eval_set: CaptionDataset, folder:
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 trainer.save(step + 1)
         trainer.checkpoints.finish()
+
+
+def evaluation_between(trainer: Trainer, steps: int, eval_set: CaptionDataset, console: Console) -> dict[str, float]:
+    """Held-out metrics after so many steps; where the evaluation fails, a warning: training does not need them."""
+    try:
+        return trainer.evaluate(eval_set).metrics()
+    except Exception as error:
+        console.warning(f"no held-out scores after step {steps}: {error}")
+        return {"held_out/failed": 1.0}
+
+
+def evaluation_after(trainer: Trainer, eval_set: CaptionDataset, folder: RunFolder) -> HeldOutResult:
+    """The held-out evaluation of a policy that is exported already. An error says that it is."""
+    try:
+        return trainer.evaluate(eval_set)
+    except Exception as error:
+        error.add_note(f"the trained policy is in {folder.policy}; the same command again evaluates it")
+        raise
 
 
 def export(trainer: Trainer, start: Path, folder: RunFolder) -> None:

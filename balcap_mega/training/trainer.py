@@ -28,6 +28,7 @@ from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
 from balcap_mega.training.observe.metrics import PhaseTimer
 from balcap_mega.training.observe.step_metrics import step_metrics
+from balcap_mega.training.truncation import without_truncated
 
 
 @dataclass
@@ -79,9 +80,8 @@ class Trainer:
             with phase("packing"), failing_together(device):
                 for group in mine:  # each rank of an engine over several loads its own pictures
                     groups[group.place].seen.refuse_unlike(group.seen)
-                batches = self.batches.from_rollouts(
-                    prompts, groups, advantages, self.config.optimizer.updates_per_step
-                )
+                trained_on = without_truncated(groups, advantages, self.config.algorithm)
+                batches = self.batches.from_rollouts(prompts, *trained_on, self.config.optimizer.updates_per_step)
             self.stop.check(device)
         with phase("update"), self.keeping(None, Unhealthy):
             self.learner.set_learning_rate(self.learning_rate(number))
@@ -113,7 +113,7 @@ class Trainer:
         return optimizer.learning_rate * min(1.0, (number + 1) / max(optimizer.warmup_steps, 1))
 
     def evaluate(self, dataset: CaptionDataset) -> HeldOutResult:
-        """Caption and judge a whole dataset, greedily. A collective that moves nothing."""
+        """Caption and judge a whole dataset, greedily. A collective; it fails on all ranks alike."""
         with progress.phase("evaluation"):
             return evaluate_held_out(
                 self.engine,
@@ -122,6 +122,7 @@ class Trainer:
                 Prompts(dataset, range(len(dataset))),
                 self.length,
                 patience(self.config.rewards),
+                self.config.rewards.max_missing_fraction,
             )
 
     def refuse(self, findings: Sequence[Finding], steps: int) -> None:

@@ -54,6 +54,7 @@ COLUMNS = (
     Column("ling", 6, percent("reward/linguistic")),
     Column("gated%", 7, percent("reward/gate_rate")),
     Column("length", 7, number("reward/length_ratio", ".2f")),
+    Column("cut%", 6, percent("rollout/truncated")),
     Column("KL", 9, lambda m: f"{m['policy/kl_reference'] or m['policy/kl_old']:.1e}"),
     Column("clip%", 6, percent("policy/clip_fraction")),
     Column("entropy", 8, number("policy/entropy", ".3f")),
@@ -80,6 +81,7 @@ class Console:
         self._lines = 0
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._evaluations: dict[str, Mapping[str, float]] = {}
+        self._counts: dict[str, Mapping[str, int]] = {}
         self._header(grid)
 
     def warmup_step(self, step: int, result: UpdateResult) -> None:
@@ -92,21 +94,25 @@ class Console:
                 f"{_progress(step, total)}  loss {result.loss:7.4f}  gradient norm {result.gradient_norm:6.2f}"
             )
 
-    def evaluation(self, name: str, scores: Mapping[str, float]) -> None:
-        """A table of held-out scores; the second evaluation shows the first beside it, and the change."""
-        self._evaluations[name] = scores
+    def evaluation(self, name: str, scores: Mapping[str, float], counts: Mapping[str, int]) -> None:
+        """A table of held-out scores; the second evaluation shows the first beside it, and the change.
+
+        counts: over how many captions each score is
+        """
+        self._evaluations[name], self._counts[name] = scores, counts
         self._section(f"Held-out evaluation, {name} reinforcement learning, {self.config.data.eval_size} images")
         names = list(self._evaluations)
         table = Table(box=SIMPLE_HEAD)
         table.add_column("")
-        for title in (*names, *(["change"] if len(names) == 2 else [])):
+        for title in (*names, *(["change"] if len(names) == 2 else []), "captions"):
             table.add_column(title, justify="right")
         for key in SCORES:
             values = [self._evaluations[title][key] for title in names]
             form = ".2f" if key == "length_ratio" else ".1f"
             change = [format(values[1] - values[0], f"+{form}")] if len(values) == 2 else []
             style = "bold cyan" if key == "b_capscore" else ""
-            table.add_row(label(key), *(format(value, form) for value in values), *change, style=style)
+            over = captions_counted([self._counts[title][key] for title in names])
+            table.add_row(label(key), *(format(value, form) for value in values), *change, over, style=style)
         self._rich.print(table)
 
     def step(self, step: int, metrics: Metrics) -> None:
@@ -130,6 +136,9 @@ class Console:
                 done = "the update was left out" if finding.policy == "skip" else finding.remedy
                 self._rich.print(Text(f"  {finding.policy}: {finding} — {done}", "yellow"))
 
+    def warning(self, text: str) -> None:
+        self._rich.print(Text(f"  warn: {text}", "yellow"))
+
     def stopped(self, reason: str) -> None:
         self._section(f"Stopped by {reason}; the same command goes on from here")
 
@@ -144,6 +153,8 @@ class Console:
         }
         for name, fact in facts.items():
             self._rich.print(Text(f"  {name:<10}", "dim") + Text(fact))
+        for caution in cautions(self.config):
+            self.warning(caution)
 
     def _section(self, title: str) -> None:
         self._rich.print()
@@ -172,6 +183,22 @@ def run_facts(config: RunConfig) -> dict[str, str]:
         "algorithm": f"{algorithm.normalization} ({weights}), {control}",
         "numbers": f"{model.dtype}, seed {config.seed}, learning rate {config.optimizer.learning_rate:g}",
     }
+
+
+def cautions(config: RunConfig) -> list[str]:
+    """What a run may be set to, but has a price that no metric shows."""
+    top_p = config.rollout.top_p
+    if top_p == 1.0:
+        return []
+    return [
+        f"rollout.top_p={top_p:g}: captions come from the nucleus alone, while ratio, KL and mismatch are those of the "
+        "whole distribution and show nothing of it; the bias is not corrected, rollout.top_p=1 has none"
+    ]
+
+
+def captions_counted(counts: Sequence[int]) -> str:
+    """Over how many captions scores are, in words: one number where all are over as many."""
+    return " / ".join(map(str, dict.fromkeys(counts)))
 
 
 def label(key: str) -> str:

@@ -18,7 +18,7 @@ from balcap_mega.rewards.judge import COMPONENTS, Judgement, Verdict
 from balcap_mega.training.folder import RunFolder, write_text
 from balcap_mega.training.heldout import HeldOutCaption, HeldOutResult
 from balcap_mega.training.observe.charts import SERIES, Curve, line_chart, stacked_chart
-from balcap_mega.training.observe.console import SCORES, clock, label, run_facts
+from balcap_mega.training.observe.console import SCORES, captions_counted, clock, label, run_facts
 from balcap_mega.training.observe.metrics import read_metrics
 
 SAMPLES = 8  # the first held-out images, which no score has chosen
@@ -64,7 +64,7 @@ def write_report(
         score=summary["after"]["b_capscore"],
         score_before=summary["before"]["b_capscore"],
         gate=config.algorithm.gate,
-        scores=score_rows(summary["before"], summary["after"]),
+        scores=score_rows(summary["before"], summary["after"], before.counts, after.counts),
         eval_size=len(before.captions),
         charts=charts(read_metrics(folder.root), config),
         samples=[
@@ -80,12 +80,20 @@ def write_report(
     write_text(folder.report, page)
 
 
-def score_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[dict[str, object]]:
-    """Held-out scores as the table shows them; `start` and `stop` place the change on a track from 0 to 100."""
+def score_rows(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    counts_before: Mapping[str, int],
+    counts_after: Mapping[str, int],
+) -> list[dict[str, object]]:
+    """Held-out scores as the table shows them, with the number of captions that each is over.
+
+    `start` and `stop` place the change on a track from 0 to 100; a score over no caption stands at 0.
+    """
     rows = []
     for key in SCORES:
         form, scale = (".2f", 50.0) if key == "length_ratio" else (".1f", 1.0)  # a length ratio's track ends at 2
-        start, stop = (min(max(scale * value, 0.0), 100.0) for value in (before[key], after[key]))
+        start, stop = (min(max(0.0, scale * value), 100.0) for value in (before[key], after[key]))
         rows.append(
             {
                 "label": label(key),
@@ -94,6 +102,7 @@ def score_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[
                 "before": format(before[key], form),
                 "after": format(after[key], form),
                 "change": format(after[key] - before[key], f"+{form}").replace("-", "−"),
+                "captions": captions_counted([counts_before[key], counts_after[key]]),
                 "start": start,
                 "stop": stop,
             }

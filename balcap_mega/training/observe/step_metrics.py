@@ -11,6 +11,15 @@ from balcap_mega.rollout.rollouts import RolloutGroup
 from balcap_mega.training.batches import Batches
 from balcap_mega.training.learner import UpdateResult
 
+TOKEN_MEANS = (
+    "clip_fraction",
+    "dual_clip_fraction",
+    "kl_reference",
+    "kl_old",
+    "importance_weight",
+    "importance_truncated",
+)
+
 
 def step_metrics(
     groups: Sequence[RolloutGroup],
@@ -20,38 +29,42 @@ def step_metrics(
     updates: Sequence[UpdateResult],
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
-    """Rewards over the step's rollouts, the mean of its updates, sizes, and seconds by phase.
+    """Rewards over the step's rollouts, its updates, sizes, and seconds by phase.
 
-    The trainer/engine logprob difference and the ratio are those of the first update, which starts from the very
-    weights that the engine sampled with. NaN where every update was left out.
+    What an update reports as a mean over its tokens is here one over the tokens of all updates, and a maximum is that
+    of all of them; loss and gradient norm are means over updates. Those that were left out count only for what they
+    say of trainer, engine and entropy. NaN where every update was left out.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     response_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     total = sum(seconds.values())
     packed = batches.assignments
     row_tokens = sum(each.tokens for each in packed)
-    first, applied = updates[0].metrics, [update for update in updates if update.applied]
+    applied = [update for update in updates if update.applied]
 
     def mean(value: Callable[[UpdateResult], float]) -> float:
         return fmean(map(value, applied)) if applied else math.nan
 
+    def mean_over_tokens(name: str, of: Sequence[UpdateResult] = applied) -> float:
+        tokens = [update.metrics["tokens"] for update in of]
+        return fmean([update.metrics[name] for update in of], tokens) if sum(tokens) else math.nan
+
+    def maximum(name: str) -> float:
+        return max((update.metrics[name] for update in updates), key=lambda value: (math.isnan(value), value))
+
     return {
         **reward_metrics(rewards, advantages),
-        "rollout/finished": fmean(rollout.finished for rollout in rollouts),
+        "rollout/truncated": fmean(not rollout.finished for rollout in rollouts),
         "rollout/response_tokens": response_tokens / len(rollouts),
-        "rollout/logprob_difference_max": first["engine_logprob_difference_max"],
-        "rollout/logprob_difference": first["engine_logprob_difference"],
+        "rollout/logprob_difference_max": maximum("engine_logprob_difference_max"),
+        "rollout/logprob_difference": mean_over_tokens("engine_logprob_difference", updates),
         "policy/updates_skipped": 1 - len(applied) / len(updates),
         "policy/loss": mean(lambda update: update.loss),
         "policy/gradient_norm": mean(lambda update: update.gradient_norm),
-        **{
-            f"policy/{name}": mean(lambda update, name=name: update.metrics[name])
-            for name in ("clip_fraction", "dual_clip_fraction", "kl_reference", "kl_old", "importance_weight")
-        },
-        "policy/importance_truncated": mean(lambda update: update.metrics["importance_truncated"]),
-        "policy/entropy": first["entropy"],
-        "policy/ratio_max": max(update.metrics["ratio_max"] for update in updates),
-        "policy/ratio_max_first": first["ratio_max"],
+        **{f"policy/{name}": mean_over_tokens(name) for name in TOKEN_MEANS},
+        "policy/entropy": mean_over_tokens("entropy", updates),
+        "policy/ratio_max": maximum("ratio_max"),
+        "policy/ratio_max_first": updates[0].metrics["ratio_max"],
         "packing/tokens": row_tokens,
         "packing/padding_share": sum(each.padding for each in packed) / row_tokens,
         "packing/tokens_saved": sum(each.unshared_tokens for each in packed) / row_tokens,
@@ -64,10 +77,13 @@ def step_metrics(
 
 
 def reward_metrics(rewards: RewardBatch, advantages: Advantages) -> dict[str, float]:
-    """Mean and deviation over the rollouts that have a component, as judged (before the length gate), on 0-1."""
+    """Mean and deviation over the rollouts that have a component, as judged (before the length gate), on 0-1.
+
+    The mean is NaN where none has it.
+    """
     metrics = {}
     for name, values, valid in zip(rewards.names, rewards.values, rewards.valid, strict=True):
-        metrics[f"reward/{name}"] = values[valid].mean().item() if valid.any() else 0.0
+        metrics[f"reward/{name}"] = values[valid].mean().item() if valid.any() else math.nan
         metrics[f"reward/{name}_std"] = values[valid].std().item() if valid.sum() > 1 else 0.0
         metrics[f"reward/{name}_missing"] = 1 - valid.float().mean().item()
     return {
