@@ -2,12 +2,14 @@
 
 import logging
 import os
+import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from balcap_mega.data.annotations import LeftOut
 from balcap_mega.data.headers import Unreadable, picture_size
 from balcap_mega.data.images import ImageDecoder, PilDecoder, shrink, why_unreadable
 from balcap_mega.data.records import CaptionRecord, refuse_placeholders
@@ -41,7 +43,7 @@ class ImageFileDataset:
 
     def __init__(
         self,
-        rows: Sequence[ImageRow],
+        rows: Sequence[ImageRow | LeftOut],
         image_root: str | Path,
         *,
         decode: ImageDecoder | None = None,
@@ -49,21 +51,28 @@ class ImageFileDataset:
         max_missing_fraction: float = 0.01,
     ):
         self.root = Path(image_root)
+        total, left_out = len(rows), [row for row in rows if isinstance(row, LeftOut)]
+        rows = [row for row in rows if isinstance(row, ImageRow)]
+        refuse_all_outside((row.image, f"row {row.id!r}") for row in rows)
         for row in rows:
-            refuse_outside(row.image, f"row {row.id!r}")
             refuse_placeholders(row.prompt, f"row {row.id!r}")
         present = _present_files(self.root, {row.image for row in rows})
         self.rows = [row for row in rows if row.image in present]
-        self.missing = len(rows) - len(self.rows)
-        self._total = len(rows)
+        self.missing = total - len(self.rows)
+        self._total = total
         self._decode = decode or PilDecoder()
         self._max_pixels = max_pixels
         self._max_missing_fraction = max_missing_fraction
         self._corrupt: set[int] = set()
-        self._reason = ""  # that the last of them is not read
-        if self.missing:
+        # Why a row was left out, one for all: the last picture that could not be read, or the first annotation.
+        self._reason = str(left_out[0]) if left_out else ""
+        if left_out:
+            log.warning("%d of %d rows are left out, e.g. %s", len(left_out), total, left_out[0])
+        if len(rows) > len(self.rows):
             absent = next(row.image for row in rows if row.image not in present)
-            log.warning("%d of %d images are missing below %s, e.g. %r", self.missing, len(rows), self.root, absent)
+            log.warning(
+                "%d of %d images are missing below %s, e.g. %r", len(rows) - len(self.rows), total, self.root, absent
+            )
         self._refuse_too_many()
         if not self.rows:
             raise UserError(
@@ -150,17 +159,44 @@ class ImageFileDataset:
             )
 
 
+def refuse_all_outside(images: Iterable[tuple[str, str]]) -> None:
+    """`refuse_outside` for many (image, where): of each kind of path that is refused, the first is named."""
+    refused: dict[str, str] = {}
+    remedies: dict[str, None] = {}
+    for image, where in images:
+        if (found := _is_no_path_below(image)) and found[0] not in refused:
+            refused[found[0]] = f"{where}: image {image[:100]!r} {found[0]}"
+            remedies[found[1]] = None
+    if refused:
+        raise UserError("; ".join(refused.values()), remedy="; ".join(remedies))
+
+
 def refuse_outside(image: str, where: str) -> None:
     """Raise UserError, naming `where` the path stands, for one that does not lie below the image root by its name.
 
     Links that the root itself holds are its owner's and are followed: large collections are put together with them.
     """
+    refuse_all_outside([(image, where)])
+
+
+def _is_no_path_below(image: str) -> tuple[str, str] | None:
+    """(what it is instead, what to do)."""
     path = PurePosixPath(image)
-    if path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image or not path.name:
-        raise UserError(
-            f"{where}: image {image[:300]!r} does not lie below the image root",
-            remedy="write it relative to data.image_root, without '..'",
+    below = "write it relative to data.image_root, without '..'"
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", image):
+        return "is an address, and pictures are not fetched", "download them, and name the files below the image root"
+    if image.startswith("data:"):
+        return "is the picture itself, embedded", "write pictures to files, or use data.source=parquet"
+    if "\\" in image or re.match(r"[a-zA-Z]:", image):
+        return (
+            "is a Windows path, which does not lie below the image root",
+            "write it with '/', relative to data.image_root",
         )
+    if not path.name or "\0" in image:
+        return "does not lie below the image root: it names no file", below
+    if path.is_absolute() or ".." in path.parts:
+        return "does not lie below the image root", below
+    return None
 
 
 def image_bytes(path: Path) -> bytes:

@@ -12,7 +12,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")
 # or judge looks at. A JPEG can be shrunk while it is decoded, and needs memory for few of its rows at a time; one with
 # several scans needs it for all of them.
 MOST_PIXELS = 2**26
-MOST_JPEG_PIXELS = 2**28
+MOST_JPEG_PIXELS = 2**27
 # What is kept of a picture, at most.
 MOST_KEPT_PIXELS = 2**25
 # Longer side over shorter side. Qwen's own processor refuses more, and one that makes the shorter side of every picture
@@ -181,6 +181,8 @@ def _ends_with_text(png: bytes) -> bool:
 
 
 def _why_not_opened(data: bytes, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"is too large: {error}"
     head = data[:1024]
     name = next((name for magic, name in OTHERS if re.match(magic, head, re.DOTALL | re.IGNORECASE)), None)
     if name in ("AVIF", "TIFF", "JPEG 2000") and not isinstance(error, Image.UnidentifiedImageError):

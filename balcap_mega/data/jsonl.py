@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from balcap_mega.data.annotations import LeftOut, broken_text, loosely_parsed, read_text_file
 from balcap_mega.data.files import ImageRow
 from balcap_mega.errors import UserError
 
@@ -37,23 +38,28 @@ class Line(BaseModel):
     units: list[str] | None = None
 
 
-def read_jsonl(path: str | Path, prefixes: Sequence[str] = ()) -> list[ImageRow]:
-    """The rows of the file. Raises UserError naming the line that is not of the format."""
-    try:
-        lines = Path(path).read_bytes().splitlines()  # of a text, they would end at U+2028 and its like too
-    except OSError as error:
-        raise UserError(f"data.path={path}: not a readable file ({error})", remedy="name a JSON Lines file") from error
+def read_jsonl(path: str | Path, prefixes: Sequence[str] = ()) -> list[ImageRow | LeftOut]:
+    """The rows of the file. Raises UserError naming the line that is not of the format.
+
+    A row whose texts hold what is no character is left out.
+    """
+    lines = read_text_file(path, "name a JSON Lines file").splitlines()  # of a text, they would end at U+2028 too
     rows = list(_rows(path, lines))
-    return [row for row in rows if row.image.startswith(tuple(prefixes))] if prefixes else rows
+    if not prefixes:
+        return rows
+    return [row for row in rows if isinstance(row, LeftOut) or row.image.startswith(tuple(prefixes))]
 
 
-def _rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[ImageRow]:
+def _rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[ImageRow | LeftOut]:
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
         try:
             line = Line.model_validate_json(text)
         except ValidationError as error:
+            if reason := _broken(text):
+                yield LeftOut(f"{path}:{number}", reason)
+                continue
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "the line"
             raise UserError(
@@ -62,6 +68,13 @@ def _rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[ImageRow]:
             ) from error
         units = None if line.units is None else tuple(line.units)
         yield ImageRow(line.id or line.image, line.image, line.prompt, line.reference, units)
+
+
+def _broken(line: bytes) -> str | None:
+    try:
+        return broken_text(loosely_parsed(line))
+    except ValueError:
+        return None
 
 
 def as_line(row: ImageRow) -> str:

@@ -69,4 +69,4 @@ def _finished_rows(output: Path) -> set[tuple[str, str]]:
     drop_cut_line(output)
     if not output.exists():
         return set()
-    return {(row.id, row.image) for row in read_jsonl(output)}
+    return {(row.id, row.image) for row in read_jsonl(output) if isinstance(row, ImageRow)}
