@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
+from balcap_mega.config.preflight import data_parallel_size
 from balcap_mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from balcap_mega.data.scenes.dataset import ScenesDataset
 from balcap_mega.errors import UserError
@@ -12,7 +13,7 @@ from balcap_mega.models.policy import build_policy
 from balcap_mega.models.released import write_config
 from balcap_mega.parallel.cpu_redirects import REPLACEMENTS, cpu_redirects
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
-from balcap_mega.parallel.groups import check_world, destroy_parallel, initialize_parallel
+from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from tests.support.distributed import launch
 from tests.support.policy_cases import load_reference, load_state, make_case
@@ -72,9 +73,9 @@ def test_engine_is_untouched_by_updates_in_its_process(tiny_checkpoint):
 
 
 def test_world_must_be_tiled():
-    check_world(ParallelConfig(tensor=2, pipeline=2), 8)
-    with pytest.raises(UserError, match=r"parallel.tensor=2 x parallel.pipeline=2 needs a multiple of 4 ranks.*has 6"):
-        check_world(ParallelConfig(tensor=2, pipeline=2), 6)
+    assert data_parallel_size(ParallelConfig(tensor=2, pipeline=2), 8) == 2
+    with pytest.raises(UserError, match=r"parallel.tensor=2 x parallel.pipeline=2 does not divide the 6 processes"):
+        data_parallel_size(ParallelConfig(tensor=2, pipeline=2), 6)
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,8 @@ def preflight(config: RunConfig, world_size: int, families: Collection[str]) -> 
     return check_output(config)
 
 
-def check_batch(config: RunConfig, world_size: int) -> None:
-    """Do the parallel sizes divide the world, and the prompts of a step the ranks and updates that share them?"""
-    parallel, rollout = config.parallel, config.rollout
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Copies of the model that `world_size` ranks hold. Raises UserError where they do not tile the ranks."""
     shards = parallel.tensor * parallel.pipeline
     if world_size % shards:
         raise UserError(
@@ -59,12 +58,19 @@ def check_batch(config: RunConfig, world_size: int) -> None:
             f"{world_size} processes started",
             remedy=f"start a multiple of {shards} (torchrun --nproc-per-node) or lower one of them",
         )
+    return world_size // shards
+
+
+def check_batch(config: RunConfig, world_size: int) -> None:
+    """Do the parallel sizes divide the world, and the prompts of a step the ranks and updates that share them?"""
+    parallel, rollout = config.parallel, config.rollout
+    data_parallel = data_parallel_size(parallel, world_size)
     if world_size % rollout.tensor_parallel:
         raise UserError(
             f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {world_size} processes started",
             remedy=f"set it to a divisor of {world_size}",
         )
-    data_parallel, replicas = world_size // shards, world_size // rollout.tensor_parallel
+    replicas = world_size // rollout.tensor_parallel
     updates = config.optimizer.updates_per_step
     if rollout.prompts_per_step % (data_parallel * updates):
         raise UserError(

@@ -8,8 +8,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from balcap_mega.config.preflight import data_parallel_size
 from balcap_mega.config.schema import ParallelConfig
-from balcap_mega.errors import UserError
 from balcap_mega.parallel.platform import Platform, calls_megatron
 from balcap_mega.parallel.rendezvous import job_store
 
@@ -41,18 +41,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_world(config: ParallelConfig, world: int) -> None:
-    """Refuse a layout that does not tile `world` ranks. Raises UserError."""
-    model_parallel = config.tensor * config.pipeline
-    if world % model_parallel:
-        raise UserError(
-            f"parallel.tensor={config.tensor} x parallel.pipeline={config.pipeline} needs a multiple of "
-            f"{model_parallel} ranks, but this job has {world}",
-            remedy=f"start {-(-world // model_parallel) * model_parallel} ranks (torchrun --nproc-per-node), "
-            "or lower parallel.tensor or parallel.pipeline",
-        )
-
-
 def initialize_parallel(
     config: ParallelConfig, platform: Platform, seed: int = 0, *, timeout_seconds: float | None = None
 ) -> ProcessGrid:
@@ -61,7 +49,7 @@ def initialize_parallel(
     `timeout_seconds` (`config.timeout_seconds` unless given) bounds every collective.
     Raises UserError when the world does not fit the layout, before any process waits for another.
     """
-    check_world(config, world_size())
+    data_parallel_size(config, world_size())
     timeout_seconds = timeout_seconds or config.timeout_seconds
     timeout = timedelta(seconds=timeout_seconds)
     if not torch.distributed.is_initialized():
