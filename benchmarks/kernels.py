@@ -4,8 +4,8 @@
 
 lm_head         hidden rows to the clipped loss, forward and backward; bound: three GEMMs of the same sizes, measured
 logprobs        the same rows to logprobs, forward only; bound: one GEMM
-reward_to_loss  rewards of 512 rollouts and the logprobs of 64k tokens to the loss, forward and backward; bound: its
-                bytes at the measured copy bandwidth
+reward_to_loss  rewards of 512 rollouts, of K components, and the logprobs of 64k tokens to the loss and its gradient;
+                bound: its bytes at the measured copy bandwidth
 
 Each case runs in a process of its own, under a time limit, and `--json` keeps it: a second call measures only what the
 file lacks. On a CPU the same algorithms run in PyTorch, in float32 and at a smaller hidden size. Memory is the peak
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from balcap_mega.algorithm import advantages, lm_head, logits, policy_loss, reward_to_loss
+from balcap_mega.algorithm import advantages, lm_head, logits, policy_loss
 from balcap_mega.algorithm.batch import RewardBatch, TokenBatch
 from balcap_mega.config.schema import AlgorithmConfig
 
@@ -43,7 +43,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Case:
-    """rows tokens; for the head a hidden size and a vocabulary, for rewards a number of rollouts."""
+    """rows tokens; for the head a hidden size and a vocabulary, for rewards a number of rollouts and of components."""
 
     op: str
     candidate: str
@@ -52,11 +52,12 @@ class Case:
     hidden: int = 0
     vocabulary: int = 0
     rollouts: int = 0
+    components: int = 0
 
     @property
     def size(self) -> str:
         if self.op == "reward_to_loss":
-            return f"{self.rollouts:,} rollouts, {self.rows:,} tokens"
+            return f"K {self.components}, {self.rollouts:,} rollouts, {self.rows:,} tokens"
         return f"N {self.rows:,}, H {self.hidden:,}, V {self.vocabulary:,}"
 
     @property
@@ -65,8 +66,11 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Compulsory traffic: four float32 and two ids a token in, one derivative out and scaled; rewards are few."""
-        return self.rows * (4 * 4 + 2 * 8 + 3 * 4) if self.op == "reward_to_loss" else 0
+        """Compulsory traffic. A token: trainer's and engine's logprobs, entropy and sequence in, one derivative out. A
+        rollout: two lengths and a group in, advantage and gate out, and for each component reward, validity, result.
+        """
+        tokens = self.rows * (3 * 4 + 8 + 4)
+        return tokens + self.rollouts * (21 + 9 * self.components) if self.op == "reward_to_loss" else 0
 
 
 def cases(device: str) -> list[Case]:
@@ -77,7 +81,8 @@ def cases(device: str) -> list[Case]:
         for rows, hidden in sizes:
             found += [Case(op, candidate, device, rows, hidden, 152_064) for candidate in candidates]
     found += [
-        Case("reward_to_loss", name, device, 2**16, rollouts=512)
+        Case("reward_to_loss", name, device, 2**16, rollouts=512, components=components)
+        for components in (1, 3, 4, 8)
         for name in ("bound", "balcap", "eager", "torch.compile")
     ]
     return found
@@ -90,11 +95,16 @@ def random_tokens(rows: int, vocabulary: int, sequences: int, device: str) -> To
     lengths = torch.full((sequences,), rows // sequences)
     ids = torch.repeat_interleave(torch.arange(sequences), lengths)
     old = -3 * torch.rand(rows)
-    columns = (
-        torch.randint(max(vocabulary, 1), (rows,)), ids, torch.randn(sequences)[ids], old, old + 0.01, None,
-        lengths[ids].float(),
-    )  # fmt: skip
-    return TokenBatch(*(None if column is None else column.to(device) for column in columns))
+    return TokenBatch(
+        targets=torch.randint(max(vocabulary, 1), (rows,)),
+        sequence_ids=ids,
+        token_index=torch.arange(rows) % (rows // sequences),
+        advantages=torch.randn(sequences),
+        old_logprobs=old,
+        rollout_logprobs=old + 0.01,
+        reference_logprobs=None,
+        sequence_lengths=lengths[ids].float(),
+    ).to(torch.device(device))
 
 
 def head_run(case: Case) -> Callable[[], object]:
@@ -168,14 +178,12 @@ def liger_grpo_head(weight: Tensor, tokens: TokenBatch, forward_only: bool) -> C
 
     sequences = int(tokens.sequence_ids.max()) + 1
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28)
-    targets, old, advantage = (
-        column.view(sequences, -1) for column in (tokens.targets, tokens.old_logprobs, tokens.advantages)
-    )
+    targets, old = (column.view(sequences, -1) for column in (tokens.targets, tokens.old_logprobs))
     mask = torch.ones_like(targets)
 
     def forward(hidden: Tensor) -> Tensor:
         rows = hidden.view(sequences, -1, hidden.shape[-1])
-        return loss(rows, weight, targets, mask, advantage[:, 0], old_per_token_logps=old)[0]
+        return loss(rows, weight, targets, mask, tokens.advantages, old_per_token_logps=old)[0]
 
     return forward
 
@@ -191,33 +199,40 @@ def rewards_run(case: Case) -> Callable[[], object]:
         source = torch.empty(2**28 // (1 if case.device == "cuda" else 4), dtype=torch.uint8, device=case.device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
-    count, group = case.rollouts, torch.arange(case.rollouts) // 8
-    columns = (
-        torch.rand(3, count),
-        torch.rand(3, count) > 0.05,
-        torch.full((count,), 30.0),
-        torch.full((count,), 25.0),
-        group,
-    )
-    rewards = RewardBatch(("precision", "recall", "linguistic"), *(column.to(case.device) for column in columns))
+    count, names = case.rollouts, tuple(f"component_{k}" for k in range(case.components))
+    rewards = RewardBatch(
+        names=names,
+        values=torch.rand(len(names), count),
+        valid=torch.rand(len(names), count) > 0.05,
+        lengths=torch.full((count,), 30.0),
+        reference_lengths=torch.full((count,), 25.0),
+        group_ids=torch.arange(count) // 8,
+    ).to(torch.device(case.device))
+    config = CONFIG.model_copy(update={"gate": CONFIG.gate.model_copy(update={"components": names[-1:]})})
     tokens = random_tokens(case.rows, 0, count, case.device)
-    logprobs = (tokens.old_logprobs + 0.1 * torch.randn_like(tokens.old_logprobs)).requires_grad_()
-    function = reward_to_loss.reward_to_loss
-    if case.candidate != "balcap":
-        references_only()
-    if case.candidate == "torch.compile":
-        function = torch.compile(function)
+    logprobs = tokens.old_logprobs + 0.1 * torch.randn_like(tokens.old_logprobs)
+    # As in training: the step's first update is against its own logprobs, and so on the kernels' least traffic.
+    tokens, entropy = replace(tokens, old_logprobs=None), torch.zeros_like(logprobs)
 
-    def run():
-        function(rewards, logprobs, tokens, CONFIG)[0].loss_sum.backward()
-        logprobs.grad = None
+    def fused():
+        scored = replace(tokens, advantages=advantages.compute_advantages(rewards, config).values)
+        policy_loss.policy_loss_terms(logprobs, scored, config, entropy=entropy)
 
-    return run
+    def by_autograd(logprobs: Tensor) -> Tensor:
+        scored = replace(tokens, advantages=advantages.compute_advantages(rewards, config).values)
+        return policy_loss.policy_loss(logprobs, scored, config, entropy=entropy).loss_sum
+
+    if case.candidate == "balcap":
+        return fused
+    references_only()
+    function = torch.compile(by_autograd) if case.candidate == "torch.compile" else by_autograd
+    logprobs.requires_grad_()
+    return lambda: torch.autograd.grad(function(logprobs), logprobs)
 
 
 def references_only() -> None:
     """This process compares against the plain PyTorch references: no dispatch to Triton."""
-    for module in (advantages, logits, policy_loss, reward_to_loss):
+    for module in (advantages, logits, policy_loss):
         module.use_kernels = lambda tensor: False
 
 
@@ -294,7 +309,7 @@ def run_case(case: Case, limit: int) -> dict:
 
 def table(rows: list[dict]) -> str:
     """One line a case: time, rate, share of the measured bound, peak memory."""
-    bounds = {(r["op"], r["rows"]): r for r in rows if r["candidate"] == "bound" and "seconds" in r}
+    bounds = {(r["op"], r["rows"], r["components"]): r for r in rows if r["candidate"] == "bound" and "seconds" in r}
     lines = [f"{'op':15} {'size':32} {'candidate':14} {'ms':>10} {'rate':>14} {'of bound':>9} {'peak MiB':>9}"]
     for row in rows:
         case = Case(**{field: row[field] for field in Case.__dataclass_fields__})
@@ -302,7 +317,7 @@ def table(rows: list[dict]) -> str:
         if "missing" in row:
             lines.append(start + row["missing"])
             continue
-        seconds, bound, share = row["seconds"], bounds.get((case.op, case.rows)), ""
+        seconds, bound, share = row["seconds"], bounds.get((case.op, case.rows, case.components)), ""
         if case.candidate == "bound":
             seconds = bound_seconds(row)
         elif bound is not None:

@@ -6,7 +6,8 @@ Formulas: BalCapRL (arXiv 2605.07394) and GDPO (arXiv 2601.05242), as written ou
 One program owns BLOCK_I rollouts and scans all N for the members of their groups, so groups may have any size and stand
 in any order. Everything is float32; exactness comes from a shift. With d[i, j] = r[j] − r[i] over the n valid members j
 of i's group, r[i] − mean = −Σ_j d[i, j] / n and r[j] − mean = d[i, j] − Σ_j d[i, j] / n, which are exactly 0 in a group
-without spread. Whitening needs every rollout: the last program to finish does it, in a fixed order.
+without spread. Whitening needs every rollout: the last program to finish does it, in a fixed order. K is a loop and no
+constant of compilation: one program serves any number of components, and its registers do not grow with it.
 """
 
 from functools import cache
@@ -24,67 +25,61 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _controlled(batch, k: tl.constexpr, index, CONTROLLED: tl.constexpr, CONTROL: tl.constexpr):
+def _controlled(batch, k, index, CONTROL: tl.constexpr):
     """Reward, presence and gate of component k at rollouts `index`, after length control; reward 0 where missing."""
-    values, valid, lengths, references, _, _, N, lower, upper, penalty = batch
+    values, valid, lengths, references, _, acts_on, _, _, N, lower, upper, penalty = batch
     inside = index < N
     present = tl.load(valid + k * N + index, mask=inside, other=0) != 0
     reward = tl.where(present, tl.load(values + k * N + index, mask=inside, other=0.0), 0.0)
     gated = index < 0
-    if k == CONTROLLED and CONTROL != "none":
+    if CONTROL != "none":
+        acts = tl.load(acts_on + k) != 0
         length = tl.load(lengths + index, mask=inside, other=1.0)
         reference = tl.load(references + index, mask=inside, other=1.0)
         ratio = tl.div_rn(length, tl.maximum(reference, 1.0))
         if CONTROL == "gate":
-            gated = ((ratio < lower) | (ratio > upper)) & inside
+            gated = ((ratio < lower) | (ratio > upper)) & inside & acts
             reward = tl.where(gated, 0.0, reward)
             present = present | gated
         else:
-            reward = tl.where(present, reward - penalty * tl.abs(ratio - 1.0), 0.0)
+            reward = tl.where(present & acts, reward - penalty * tl.abs(ratio - 1.0), reward)
     return reward, present, gated
 
 
 @triton.jit
-def _score(
-    batch, k: tl.constexpr, index,
-    K: tl.constexpr, CONTROLLED: tl.constexpr, CONTROL: tl.constexpr, SUM_FIRST: tl.constexpr,
-):  # fmt: skip
+def _score(batch, k, index, CONTROL: tl.constexpr, SUM_FIRST: tl.constexpr):
     """What is normalised: component k, or for k = K the weighted sum, and which rollouts take part in it."""
     if SUM_FIRST:
-        total = tl.zeros_like(index).to(tl.float32)
-        reward = total
-        present = index < batch[6]
-        for component in tl.static_range(K):
-            weight = tl.load(batch[4] + component)
-            value, there, _ = _controlled(batch, component, index, CONTROLLED, CONTROL)
-            used = tl.zeros_like(value) + weight > 0
+        weights, K, N = batch[4], batch[7], batch[8]
+        reward = tl.zeros_like(index).to(tl.float32)
+        total = reward
+        present = index < N
+        for component in range(K):
+            weight = tl.load(weights + component)
+            value, there, _ = _controlled(batch, component, index, CONTROL)
             total += weight * value
-            if component == k:
-                reward = value
-                present = present & there
-            else:
-                present = present & (there | ~used)
-        if k == K:
-            reward = total
+            reward = tl.where(component == k, value, reward)
+            needed = (tl.zeros_like(value) + weight > 0) | (component == k)
+            present = present & (there | ~needed)
+        reward = tl.where(k == K, total, reward)
     else:
-        reward, present, _ = _controlled(batch, k, index, CONTROLLED, CONTROL)
+        reward, present, _ = _controlled(batch, k, index, CONTROL)
     return reward, present
 
 
 @triton.jit
 def _deviation_and_std(
-    batch, k: tl.constexpr, i, group_i,
-    K: tl.constexpr, CONTROLLED: tl.constexpr, CONTROL: tl.constexpr, SUM_FIRST: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    batch, k, i, group_i,
+    CONTROL: tl.constexpr, SUM_FIRST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """score − mean of its group at rollouts i (0 where missing), the group's unbiased std, and who is present."""
-    group_ids, N = batch[5], batch[6]
-    score_i, present_i = _score(batch, k, i, K, CONTROLLED, CONTROL, SUM_FIRST)
+    group_ids, N = batch[6], batch[8]
+    score_i, present_i = _score(batch, k, i, CONTROL, SUM_FIRST)
     count = tl.zeros([BLOCK_I], dtype=tl.float32)
     shift = tl.zeros([BLOCK_I], dtype=tl.float32)
     for start in range(0, N, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        score_j, present_j = _score(batch, k, j, K, CONTROLLED, CONTROL, SUM_FIRST)
+        score_j, present_j = _score(batch, k, j, CONTROL, SUM_FIRST)
         member = (group_i[:, None] == tl.load(group_ids + j, mask=j < N, other=-2)[None, :]) & present_j[None, :]
         count += tl.sum(tl.where(member, 1.0, 0.0), axis=1)
         shift += tl.sum(tl.where(member, score_j[None, :] - score_i[:, None], 0.0), axis=1)
@@ -92,7 +87,7 @@ def _deviation_and_std(
     squares = tl.zeros([BLOCK_I], dtype=tl.float32)
     for start in range(0, N, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        score_j, present_j = _score(batch, k, j, K, CONTROLLED, CONTROL, SUM_FIRST)
+        score_j, present_j = _score(batch, k, j, CONTROL, SUM_FIRST)
         member = (group_i[:, None] == tl.load(group_ids + j, mask=j < N, other=-2)[None, :]) & present_j[None, :]
         deviation = tl.where(member, score_j[None, :] - score_i[:, None] - shift[:, None], 0.0)
         squares += tl.sum(deviation * deviation, axis=1)
@@ -127,34 +122,33 @@ def _whiten(advantages, scored, N, epsilon, BLOCK_J: tl.constexpr):
 
 @triton.jit
 def advantages_kernel(
-    values, valid, lengths, references, weights, group_ids,
+    values, valid, lengths, references, weights, acts_on, group_ids,
     advantages, per_component, gated, scored, counter,
-    N, lower, upper, penalty, epsilon,
-    K: tl.constexpr, CONTROLLED: tl.constexpr, CONTROL: tl.constexpr, SUM_FIRST: tl.constexpr, WHITEN: tl.constexpr,
+    K, N, lower, upper, penalty, epsilon,
+    CONTROL: tl.constexpr, SUM_FIRST: tl.constexpr, WHITEN: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    batch = (values, valid, lengths, references, weights, group_ids, N, lower, upper, penalty)
+    batch = (values, valid, lengths, references, weights, acts_on, group_ids, K, N, lower, upper, penalty)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = i < N
     group_i = tl.load(group_ids + i, mask=inside, other=-1)
+    sum_std = tl.zeros([BLOCK_I], dtype=tl.float32)
     if SUM_FIRST:  # one divisor for all components: the spread of their weighted sum
-        _, sum_std, _ = _deviation_and_std(batch, K, i, group_i, K, CONTROLLED, CONTROL, SUM_FIRST, BLOCK_I, BLOCK_J)
+        sum_std = _deviation_and_std(batch, K, i, group_i, CONTROL, SUM_FIRST, BLOCK_I, BLOCK_J)[1]
 
     advantage = tl.zeros([BLOCK_I], dtype=tl.float32)
     any_gated = i < 0
     any_scored = i < 0
-    for k in tl.static_range(K):
+    for k in range(K):
         weight = tl.load(weights + k)
-        deviation, std, present = _deviation_and_std(
-            batch, k, i, group_i, K, CONTROLLED, CONTROL, SUM_FIRST, BLOCK_I, BLOCK_J
-        )
+        deviation, std, present = _deviation_and_std(batch, k, i, group_i, CONTROL, SUM_FIRST, BLOCK_I, BLOCK_J)
         if SUM_FIRST:
             std = sum_std
         normalised = deviation / (std + epsilon)
         tl.store(per_component + k * N + i, normalised, mask=inside)
         advantage += weight * normalised
         any_scored = any_scored | (present & (tl.zeros_like(std) + weight > 0))
-        any_gated = any_gated | _controlled(batch, k, i, CONTROLLED, CONTROL)[2]
+        any_gated = any_gated | _controlled(batch, k, i, CONTROL)[2]
 
     tl.store(advantages + i, advantage, mask=inside)
     tl.store(gated + i, any_gated.to(tl.int8), mask=inside)
@@ -165,8 +159,9 @@ def advantages_kernel(
 
 
 @cache
-def _weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device once a run, not once a step."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def advantages(
@@ -180,7 +175,7 @@ def advantages(
     sum_first: bool,
     whiten: bool,
     length_control: str,
-    controlled_row: int,
+    controlled: tuple[bool, ...],
     lower: float,
     upper: float,
     penalty: float,
@@ -189,10 +184,10 @@ def advantages(
     """Advantages [N], per-component advantages [K, N], both float32, and the gate [N] bool; no gradient.
 
     values [K, N] float32 and valid [K, N] bool, contiguous; lengths and reference_lengths [N] float32; group_ids [N]
-    int64. controlled_row is the component that length control acts on, −1 for none.
+    int64; all on one device. weights and controlled: of each of the K components, the latter whether length control
+    acts on it.
     """
     components, count = values.shape
-    values, valid = values.contiguous(), valid.contiguous()
     result = torch.empty(count, dtype=torch.float32, device=values.device)
     per_component = torch.empty_like(values)
     gated = torch.empty(count, dtype=torch.bool, device=values.device)
@@ -200,11 +195,11 @@ def advantages(
         return result, per_component, gated
     scored = torch.empty_like(gated)
     advantages_kernel[(triton.cdiv(count, BLOCK_I),)](
-        values, valid.view(torch.int8), lengths.float(), reference_lengths.float(),
-        _weights(weights, values.device), group_ids,
+        values, valid.view(torch.int8), lengths, reference_lengths,
+        _constant(weights, torch.float32, values.device), _constant(controlled, torch.int8, values.device), group_ids,
         result, per_component, gated.view(torch.int8), scored.view(torch.int8), arrival_counter(values.device),
-        count, lower, upper, penalty, epsilon,
-        K=components, CONTROLLED=controlled_row, CONTROL=length_control, SUM_FIRST=sum_first, WHITEN=whiten,
+        components, count, lower, upper, penalty, epsilon,
+        CONTROL=length_control, SUM_FIRST=sum_first, WHITEN=whiten,
         BLOCK_I=BLOCK_I, BLOCK_J=BLOCK_J, num_warps=NUM_WARPS,
     )  # fmt: skip
     return result, per_component, gated

@@ -6,8 +6,10 @@ reference and calls this on CUDA. With ρ = exp(logp − old), g the aggregation
 
     d loss / d logp = g · (−w A ρ [neither clip is active] + β (1 − exp(ref − logp))),      d loss / d H = −g β_H
 
-Tokens are a flat list, sequences of any length one after another. Each program leaves its partial sums in a row of
-scratch; the last one adds the rows up in order.
+With a sequence-level ratio (arXiv 2507.18071) log ρ is the mean of logp − old over the sequence, and so is w above.
+
+Tokens are a flat list, sequences of any length one after another; each looks its advantage A up by its sequence. Each
+program leaves its partial sums in a row of scratch; the last one adds the rows up in order.
 """
 
 import math
@@ -34,6 +36,7 @@ SCRATCH_COLUMNS = 16
 class Objective:
     """The numbers of the objective, as `AlgorithmConfig` names them; None turns a term off.
 
+    sequence_ratio: ρ is that of the whole sequence, whose tokens must then all be there
     sequence_count: what a sequence adds to the normaliser; 0 where tokens are counted instead
     """
 
@@ -42,6 +45,7 @@ class Objective:
     dual_clip: float | None
     kl_weight: float
     importance_cap: float | None
+    sequence_ratio: bool
     entropy_weight: float
     mean_over_sequence: bool
     sequence_count: int
@@ -49,11 +53,31 @@ class Objective:
 
 
 @triton.jit
+def _sequence_means(
+    logprobs, old_logprobs, rollout_logprobs, first, length, log_cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of the sequence of each token, which begins at `first`: the means of logp − old and of the importance weight."""
+    log_ratio = tl.zeros([BLOCK], dtype=tl.float32)
+    weight = tl.zeros([BLOCK], dtype=tl.float32)
+    for place in range(0, tl.max(length).to(tl.int32)):
+        here = place < length
+        old = tl.load(old_logprobs + first + place, mask=here, other=0.0)
+        log_ratio += tl.load(logprobs + first + place, mask=here, other=0.0) - old
+        if CAPPED:
+            engine = old - tl.load(rollout_logprobs + first + place, mask=here, other=0.0)
+            weight += tl.where(here, tl.exp(tl.minimum(engine, log_cap)), 0.0)
+        else:
+            weight += tl.where(here, 1.0, 0.0)
+    return log_ratio / tl.maximum(length, 1.0), weight / tl.maximum(length, 1.0)
+
+
+@triton.jit
 def policy_loss_kernel(
-    logprobs, old_logprobs, rollout_logprobs, reference_logprobs, entropy, advantages, sequence_ids, sequence_lengths,
+    logprobs, old_logprobs, rollout_logprobs, reference_logprobs, entropy, advantages,
+    sequence_ids, token_index, sequence_lengths,
     d_logprobs, d_entropy, scratch, loss_sum, normaliser, sums, maxima, counter,
     R, clip_low, clip_high, dual_clip, kl_weight, log_cap, entropy_weight, max_log_ratio, sequence_count,
-    PER_SEQUENCE: tl.constexpr, DUAL_CLIP: tl.constexpr, REFERENCE: tl.constexpr, CAPPED: tl.constexpr,
+    SEQUENCE_RATIO: tl.constexpr, DUAL_CLIP: tl.constexpr, REFERENCE: tl.constexpr, CAPPED: tl.constexpr,
     ENTROPY: tl.constexpr, D_ENTROPY: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, COUNT_SEQUENCES: tl.constexpr,
     SUM_COLUMNS: tl.constexpr, SCRATCH_COLUMNS: tl.constexpr, REDUCE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -63,12 +87,23 @@ def policy_loss_kernel(
     logprob = tl.load(logprobs + t, mask=inside, other=0.0)
     old = tl.load(old_logprobs + t, mask=inside, other=0.0)
     sequence = tl.load(sequence_ids + t, mask=inside, other=-1)
-    if PER_SEQUENCE:
-        advantage = tl.load(advantages + sequence, mask=inside, other=0.0)
-    else:
-        advantage = tl.load(advantages + t, mask=inside, other=0.0)
+    advantage = tl.load(advantages + sequence, mask=inside, other=0.0)
+
+    engine = old - tl.load(rollout_logprobs + t, mask=inside, other=0.0)
+    weight = tl.full([BLOCK], 1.0, tl.float32)
+    truncated = t < 0
+    if CAPPED:
+        truncated = engine > log_cap
+        weight = tl.exp(tl.minimum(engine, log_cap))
 
     unbounded = logprob - old
+    d_weight = weight  # of the objective, in its derivative
+    if SEQUENCE_RATIO:
+        first = t - tl.load(token_index + t, mask=inside, other=0)
+        length = tl.load(sequence_lengths + t, mask=inside, other=0.0)
+        unbounded, d_weight = _sequence_means(
+            logprobs, old_logprobs, rollout_logprobs, first, length, log_cap, CAPPED, BLOCK
+        )
     log_ratio = tl.minimum(tl.maximum(unbounded, -max_log_ratio), max_log_ratio)
     ratio = tl.exp(log_ratio)
     clipped_ratio = tl.minimum(tl.maximum(ratio, 1 - clip_low), 1 + clip_high)
@@ -80,15 +115,8 @@ def policy_loss_kernel(
         objective = tl.where(dual_clipped, dual_clip * advantage, objective)
     free = (unbounded == log_ratio) & ~clipped & ~dual_clipped
 
-    engine = old - tl.load(rollout_logprobs + t, mask=inside, other=0.0)
-    weight = tl.full([BLOCK], 1.0, tl.float32)
-    truncated = t < 0
-    if CAPPED:
-        truncated = engine > log_cap
-        weight = tl.exp(tl.minimum(engine, log_cap))
-
     loss = -weight * objective
-    d_logprob = tl.where(free, -weight * advantage * ratio, 0.0)
+    d_logprob = tl.where(free, -d_weight * advantage * ratio, 0.0)
     k3 = tl.zeros([BLOCK], dtype=tl.float32)
     if REFERENCE:
         unbounded = tl.load(reference_logprobs + t, mask=inside, other=0.0) - logprob
@@ -163,21 +191,20 @@ class Terms:
 
 def policy_loss_terms(
     logprobs: Tensor,
+    entropy: Tensor | None,
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,
     reference_logprobs: Tensor | None,
-    entropy: Tensor | None,
     advantages: Tensor,
     sequence_ids: Tensor,
+    token_index: Tensor,
     sequence_lengths: Tensor,
     objective: Objective,
     *,
-    per_sequence: bool = False,
     differentiate_entropy: bool = False,
 ) -> Terms:
-    """The loss of R tokens and its derivatives; all inputs [R], contiguous, float32 but sequence_ids, which are int64.
-
-    per_sequence: advantages is [N] and indexed by sequence_ids, instead of one value a token
+    """The loss of R tokens and its derivatives. advantages is [N] float32 and indexed by sequence_ids; all others are
+    [R], contiguous, sequence_ids and token_index int64, the rest float32.
     """
     count, device = logprobs.numel(), logprobs.device
     loss_sum = torch.empty((), dtype=torch.float32, device=device)
@@ -192,16 +219,17 @@ def policy_loss_terms(
     scratch = torch.empty(programs, SCRATCH_COLUMNS, dtype=torch.float32, device=device)
     dual_clip, cap = objective.dual_clip, objective.importance_cap
     policy_loss_kernel[(programs,)](
-        logprobs, old_logprobs, rollout_logprobs, reference_logprobs, entropy, advantages, sequence_ids,
-        sequence_lengths, d_logprobs, d_entropy, scratch, loss_sum, normaliser, sums, maxima, arrival_counter(device),
+        logprobs, old_logprobs, rollout_logprobs, reference_logprobs, entropy, advantages,
+        sequence_ids, token_index, sequence_lengths,
+        d_logprobs, d_entropy, scratch, loss_sum, normaliser, sums, maxima, arrival_counter(device),
         count, objective.clip_low, objective.clip_high, 0.0 if dual_clip is None else dual_clip, objective.kl_weight,
         0.0 if cap is None else math.log(cap), objective.entropy_weight, objective.max_log_ratio,
         objective.sequence_count,
-        PER_SEQUENCE=per_sequence, DUAL_CLIP=dual_clip is not None, REFERENCE=reference_logprobs is not None,
-        CAPPED=cap is not None, ENTROPY=entropy is not None, D_ENTROPY=differentiate_entropy,
-        SEQUENCE_MEAN=objective.mean_over_sequence, COUNT_SEQUENCES=objective.sequence_count > 0,
-        SUM_COLUMNS=SUM_COLUMNS, SCRATCH_COLUMNS=SCRATCH_COLUMNS, REDUCE_ROWS=REDUCE_ROWS, BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        SEQUENCE_RATIO=objective.sequence_ratio, DUAL_CLIP=dual_clip is not None,
+        REFERENCE=reference_logprobs is not None, CAPPED=cap is not None, ENTROPY=entropy is not None,
+        D_ENTROPY=differentiate_entropy, SEQUENCE_MEAN=objective.mean_over_sequence,
+        COUNT_SEQUENCES=objective.sequence_count > 0, SUM_COLUMNS=SUM_COLUMNS, SCRATCH_COLUMNS=SCRATCH_COLUMNS,
+        REDUCE_ROWS=REDUCE_ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return Terms(loss_sum, normaliser, sums, maxima, d_logprobs, d_entropy)
 
@@ -213,10 +241,10 @@ class PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logprobs, entropy, old_logprobs, rollout_logprobs, reference_logprobs, advantages, sequence_ids,
-                sequence_lengths, objective, per_sequence):  # fmt: skip
+                token_index, sequence_lengths, objective):  # fmt: skip
         terms = policy_loss_terms(
-            logprobs, old_logprobs, rollout_logprobs, reference_logprobs, entropy, advantages, sequence_ids,
-            sequence_lengths, objective, per_sequence=per_sequence, differentiate_entropy=ctx.needs_input_grad[1],
+            logprobs, entropy, old_logprobs, rollout_logprobs, reference_logprobs, advantages, sequence_ids,
+            token_index, sequence_lengths, objective, differentiate_entropy=ctx.needs_input_grad[1],
         )  # fmt: skip
         ctx.save_for_backward(terms.d_logprobs, terms.d_entropy)
         ctx.mark_non_differentiable(terms.normaliser, terms.sums, terms.maxima)

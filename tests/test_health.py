@@ -63,7 +63,7 @@ def leave_one_out(folder) -> bool:
             weights = {name: parameter.clone() for name, parameter in learner.policy.named_parameters()}
             [poisoned] = make_batch(folder, learner, layout)
             if bad:
-                poisoned[0].tokens.advantages[0] = math.nan
+                poisoned[0].tokens.advantages[:] = math.nan
             assert not learner.update(poisoned, lambda result: health.accepts(2, result)).applied
             assert all(torch.equal(value, weights[name]) for name, value in learner.policy.named_parameters())
         learner.update(microbatches)

@@ -6,6 +6,7 @@ The interpreter has to be chosen before Triton is imported, so without a GPU the
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from balcap_mega.algorithm.advantages import compute_advantages
 from balcap_mega.algorithm.batch import RewardBatch, TokenBatch
 from balcap_mega.algorithm.lm_head import HeadShard, fused_policy_loss, token_logprobs
 from balcap_mega.algorithm.policy_loss import policy_loss
-from balcap_mega.algorithm.reward_to_loss import reward_to_loss
 from balcap_mega.config.schema import AlgorithmConfig
 from tests.support.algorithm_cases import AGGREGATIONS, EVERYTHING, random_rewards, random_tokens
 from tests.support.distributed import launch
@@ -78,16 +78,35 @@ def close(found: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5, atol:
 # Rewards to advantages
 
 
+SOME_COMPONENTS = {  # K: the weights, and on which of them length control acts
+    1: ((2.0,), (0,)),
+    3: ((2.0, 0.0, 0.5), (2,)),
+    4: ((1.0, 0.3, 0.0, 2.0), (0, 3)),
+    8: ((1.0,) * 7 + (0.0,), range(8)),
+}
+
+
 @pytest.mark.parametrize("normalization", ["gdpo", "grpo"])
-@pytest.mark.parametrize("control", ["gate", "linear", "none"])
-def test_advantages(normalization, control, seed, small_blocks):
+@pytest.mark.parametrize(
+    ("components", "control", "groups"),
+    [
+        *((3, control, [3, 1, 5, 2]) for control in ("gate", "linear", "none")),
+        *((components, "gate", [3, 1, 4]) for components in (1, 4, 8)),
+        (4, "linear", [3, 1, 4]),
+    ],
+)
+def test_advantages(components, control, groups, normalization, seed, small_blocks):
+    """Of any number of components, with length control on any of them and values missing anywhere."""
+    weights, controlled = SOME_COMPONENTS[components]
+    names = tuple(f"component_{k}" for k in range(len(weights)))
     config = AlgorithmConfig(
         normalization=normalization,
         length_control=control,
-        weights={"precision": 2.0, "recall": 0.0, "linguistic": 0.5},
+        weights=dict(zip(names, weights)),
+        gate={"components": [names[k] for k in controlled]},
     )
-    rewards = random_rewards(seed, [4, 1, 9, 5], missing=0.2)
-    order = torch.randperm(19)  # groups need not stand together
+    rewards = random_rewards(seed, groups, missing=0.2, names=names)
+    order = torch.randperm(sum(groups))  # groups need not stand together
     rewards = RewardBatch(
         rewards.names, rewards.values[:, order], rewards.valid[:, order], rewards.lengths[order],
         rewards.reference_lengths[order], rewards.group_ids[order],
@@ -97,7 +116,12 @@ def test_advantages(normalization, control, seed, small_blocks):
     close(found.values, expected.values)
     close(found.per_component, expected.per_component)
     assert torch.equal(found.gated.cpu(), expected.gated)
-    assert torch.equal(compute_advantages(on_device(rewards), config).values, found.values)  # deterministic
+
+
+def test_advantages_are_deterministic(seed, small_blocks):
+    rewards = on_device(random_rewards(seed, [3, 1, 5, 2], missing=0.2))
+    first, second = (compute_advantages(rewards, AlgorithmConfig()).values for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_advantages_are_exact_where_they_must_be(small_blocks):
@@ -128,6 +152,7 @@ OBJECTIVES = {
     "everything": EVERYTHING,
     "plain": AlgorithmConfig(importance_cap=None),
     "no_reference": AlgorithmConfig(dual_clip=2.0, importance_cap=1.05),
+    "sequence": EVERYTHING.model_copy(update={"ratio_level": "sequence"}),
 }
 
 
@@ -144,7 +169,7 @@ def loss_and_gradients(tokens: TokenBatch, logprobs, entropy, config):
 def test_policy_loss(objective, aggregation, lengths, seed, small_blocks):
     config = OBJECTIVES[objective].model_copy(update={"aggregation": aggregation})
     tokens = random_tokens(seed, lengths, spread=1.0)
-    if objective != "everything":
+    if objective not in ("everything", "sequence"):
         tokens = TokenBatch(**{**vars(tokens), "reference_logprobs": None})
     logprobs, entropy = tokens.old_logprobs + torch.randn(sum(lengths)), torch.rand(sum(lengths))
     logprobs[:1] += 30.0  # past the bound on the ratio
@@ -168,39 +193,6 @@ def test_policy_loss_is_deterministic_and_survives_reuse():
     tokens, logprobs = on_device(random_tokens(3, [700, 900])), -torch.rand(1600).to(DEVICE)
     first, second = (policy_loss(logprobs, tokens, AlgorithmConfig()) for _ in range(2))
     assert torch.equal(first.loss_sum, second.loss_sum) and torch.equal(first.metrics.sums, second.metrics.sums)
-
-
-class CountedLaunches:
-    def __init__(self, kernel, counts: list):
-        self.kernel, self.counts = kernel, counts
-
-    def __getitem__(self, grid):
-        self.counts.append(self.kernel)
-        return self.kernel[grid]
-
-
-def test_rewards_to_loss_in_two_launches(monkeypatch, seed):
-    from balcap_mega.kernels import advantages as advantages_module
-    from balcap_mega.kernels import policy_loss as policy_loss_module
-
-    launches = []
-    monkeypatch.setattr(
-        advantages_module, "advantages_kernel", CountedLaunches(advantages_module.advantages_kernel, launches)
-    )
-    monkeypatch.setattr(
-        policy_loss_module, "policy_loss_kernel", CountedLaunches(policy_loss_module.policy_loss_kernel, launches)
-    )
-    rewards, tokens = random_rewards(seed, [3, 2], missing=0.1), random_tokens(seed, [4, 9, 1, 2, 6])
-    logprobs = tokens.old_logprobs + 0.3 * torch.randn(22)
-    config = EVERYTHING.model_copy(update={"entropy_weight": 0.0})
-    inputs = [logprobs.clone().requires_grad_(), logprobs.to(DEVICE).requires_grad_()]
-    expected, _ = reference(reward_to_loss, rewards, inputs[0], tokens, config)
-    found, _ = reward_to_loss(on_device(rewards), inputs[1], on_device(tokens), config)
-    assert len(launches) == 2
-    close(found.loss_sum, expected.loss_sum, rtol=1e-4, atol=1e-4)
-    for loss in (found, expected):
-        loss.loss_sum.backward()
-    close(inputs[1].grad, inputs[0].grad, rtol=1e-4)
 
 
 # The LM head
@@ -330,9 +322,12 @@ def train(fused_by_kernels: bool, device: str) -> list[torch.Tensor]:
         with torch.no_grad():
             old, _ = token_logprobs(torch.tanh(body(inputs)), tokens.targets, head)
         drift = 0.1 * torch.randn(12, generator=generator).to(device)
-        advantages = compute_advantages(rewards, config).values[tokens.sequence_ids]
-        tokens = TokenBatch(
-            tokens.targets, tokens.sequence_ids, advantages, old, old + drift, old + 2 * drift, tokens.sequence_lengths
+        tokens = replace(
+            tokens,
+            advantages=compute_advantages(rewards, config).values,
+            old_logprobs=old,
+            rollout_logprobs=old + drift,
+            reference_logprobs=old + 2 * drift,
         )
         loss = fused_policy_loss(torch.tanh(body(inputs)), tokens, head, config)
         optimizer.zero_grad()

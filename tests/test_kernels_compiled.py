@@ -95,10 +95,11 @@ def test_policy_loss(everything, tmp_path):
     kernel = policy_loss.policy_loss_kernel
     scalars = ("clip_low", "clip_high", "dual_clip", "kl_weight", "log_cap", "entropy_weight", "max_log_ratio")
     types = {
-        **dict.fromkeys(kernel.arg_names, "*fp32"), **dict.fromkeys(scalars, "fp32"), "sequence_ids": "*i64",
+        **dict.fromkeys(kernel.arg_names, "*fp32"), **dict.fromkeys(scalars, "fp32"),
+        **dict.fromkeys(("sequence_ids", "token_index"), "*i64"),
         "normaliser": "*i64", "counter": "*i32", "R": "i32", "sequence_count": "i32",
     }  # fmt: skip
-    switches = ("DUAL_CLIP", "REFERENCE", "ENTROPY", "D_ENTROPY", "SEQUENCE_MEAN", "COUNT_SEQUENCES", "PER_SEQUENCE")
+    switches = ("DUAL_CLIP", "REFERENCE", "ENTROPY", "D_ENTROPY", "SEQUENCE_MEAN", "COUNT_SEQUENCES", "SEQUENCE_RATIO")
     constants = dict.fromkeys(switches, everything) | {
         "CAPPED": True, "SUM_COLUMNS": policy_loss.SUM_COLUMNS, "SCRATCH_COLUMNS": policy_loss.SCRATCH_COLUMNS,
         "REDUCE_ROWS": policy_loss.REDUCE_ROWS, "BLOCK": policy_loss.BLOCK,
@@ -108,18 +109,20 @@ def test_policy_loss(everything, tmp_path):
     assert_no_spills(compile_for_h100(kernel, types, constants, policy_loss.NUM_WARPS, tmp_path))
 
 
+@pytest.mark.parametrize("control", ["gate", "linear", "none"])
 @pytest.mark.parametrize("normalization", ["gdpo", "grpo"])
-def test_advantages(normalization, tmp_path):
+def test_advantages(normalization, control, tmp_path):
+    """One program for any number of components."""
     from balcap_mega.kernels import advantages
 
     kernel = advantages.advantages_kernel
     types = {
-        **dict.fromkeys(kernel.arg_names, "*fp32"), **dict.fromkeys(("valid", "gated", "scored"), "*i8"),
+        **dict.fromkeys(kernel.arg_names, "*fp32"), **dict.fromkeys(("valid", "acts_on", "gated", "scored"), "*i8"),
         **dict.fromkeys(("lower", "upper", "penalty", "epsilon"), "fp32"),
-        "group_ids": "*i64", "counter": "*i32", "N": "i32",
+        "group_ids": "*i64", "counter": "*i32", "K": "i32", "N": "i32",
     }  # fmt: skip
     constants = {
-        "K": 3, "CONTROLLED": 2, "CONTROL": "gate", "SUM_FIRST": normalization == "grpo",
+        "CONTROL": control, "SUM_FIRST": normalization == "grpo",
         "WHITEN": normalization == "gdpo", "BLOCK_I": advantages.BLOCK_I, "BLOCK_J": advantages.BLOCK_J,
     }  # fmt: skip
     assert_no_spills(compile_for_h100(kernel, types, constants, advantages.NUM_WARPS, tmp_path))

@@ -20,7 +20,8 @@ from tests.support.trl_trainer import tiny_trl_trainer
 
 
 def select(tokens: TokenBatch, rows: torch.Tensor) -> TokenBatch:
-    return TokenBatch(**{field.name: getattr(tokens, field.name)[rows] for field in fields(tokens)})
+    columns = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
+    return TokenBatch(**{k: v if k == "advantages" else v[rows] for k, v in columns.items()})
 
 
 def current_logprobs(tokens: TokenBatch, seed: int = 99, spread: float = 0.3) -> torch.Tensor:
@@ -50,7 +51,7 @@ def test_matches_the_formula_written_out(aggregation):
     for length in lengths:
         for _ in range(length):
             row = (logprobs[t], tokens.old_logprobs[t], tokens.rollout_logprobs[t], tokens.reference_logprobs[t])
-            term = written_out(*map(float, row), float(tokens.advantages[t]), config)
+            term = written_out(*map(float, row), float(tokens.advantages[tokens.sequence_ids[t]]), config)
             expected += term / length if aggregation == "sequence_mean" else term
             t += 1
     assert float(loss.loss_sum) == pytest.approx(expected, rel=1e-5)
@@ -68,7 +69,7 @@ def test_first_update_has_ratio_one_and_no_kl():
     assert summary["ratio_max"] == summary["importance_weight"] == 1.0
     for name in ("kl_reference", "kl_old", "clip_fraction", "dual_clip_fraction", "engine_logprob_difference_max"):
         assert summary[name] == 0.0
-    torch.testing.assert_close(logprobs.grad, -tokens.advantages)
+    torch.testing.assert_close(logprobs.grad, -tokens.advantages[tokens.sequence_ids])
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -109,7 +110,7 @@ def test_permuting_sequences_changes_nothing():
 def test_clip_and_dual_clip_remove_the_gradient_on_the_right_side():
     log_ratio = torch.tensor([0.5, -0.5, 0.5, -0.5, 2.0])
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0])
-    tokens = replace(random_tokens(4, [5]), advantages=advantages, reference_logprobs=None)
+    tokens = replace(random_tokens(4, [1] * 5), advantages=advantages, reference_logprobs=None)
     tokens = replace(tokens, rollout_logprobs=tokens.old_logprobs)
     logprobs = (tokens.old_logprobs + log_ratio).requires_grad_()
     loss = policy_loss(logprobs, tokens, AlgorithmConfig(dual_clip=3.0))
@@ -154,7 +155,7 @@ def test_sequence_level_is_gspo():
     objective = 0
     for part in torch.arange(12).split(lengths):
         s = (logprobs[part] - tokens.old_logprobs[part]).mean().exp()
-        a = tokens.advantages[part[0]]
+        a = tokens.advantages[tokens.sequence_ids[part[0]]]
         objective = objective + torch.minimum(s * a, s.clamp(0.8, 1.28) * a) / 3
     (expected,) = torch.autograd.grad(-objective, logprobs)
     torch.testing.assert_close(found, expected)
@@ -354,7 +355,7 @@ def test_parity_with_trl(tmp_path, aggregation, loss_type, level):
             "prompt_mask": torch.ones_like(prompt),
             "completion_ids": padded(tokens.targets),
             "completion_mask": mask.long(),
-            "advantages": tokens.advantages[[0, 5, 7, 13]],
+            "advantages": tokens.advantages,
             "old_per_token_logps": padded(tokens.old_logprobs),
             "ref_per_token_logps": padded(tokens.reference_logprobs),
             "importance_sampling_ratio": padded((tokens.old_logprobs - tokens.rollout_logprobs).exp().clamp(max=1.2)),

@@ -57,7 +57,8 @@ def token_batch(row) -> TokenBatch:
     return TokenBatch(
         targets=row.targets,
         sequence_ids=row.sequence_ids,
-        advantages=torch.cos(row.sequence_ids * 2.0),
+        token_index=row.token_index,
+        advantages=torch.cos(torch.arange(row.sequence_ids.max() + 1) * 2.0),
         old_logprobs=old,
         rollout_logprobs=old + 0.1 * torch.cos(place).float(),
         reference_logprobs=old + 0.2 * torch.sin(3 * place).float(),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from balcap_mega.algorithm.batch import Advantages, RewardBatch
 from balcap_mega.algorithm.dispatch import use_kernels
-from balcap_mega.algorithm.length_gate import GATED_COMPONENT, control_length
+from balcap_mega.algorithm.length_gate import control_length, controlled_components
 from balcap_mega.config.schema import AlgorithmConfig
 
 EPSILON = 1e-4
@@ -70,7 +70,7 @@ def _kernel_advantages(rewards: RewardBatch, config: AlgorithmConfig) -> Advanta
         sum_first=config.normalization == "grpo",
         whiten=config.normalization == "gdpo" and config.whiten,
         length_control=config.length_control,
-        controlled_row=rewards.names.index(GATED_COMPONENT) if GATED_COMPONENT in rewards.names else -1,
+        controlled=controlled_components(rewards.names, config),
         lower=config.gate.lower,
         upper=config.gate.upper,
         penalty=config.linear_penalty,

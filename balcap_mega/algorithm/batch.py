@@ -1,6 +1,7 @@
 """What the algorithm reads: rewards of a whole global batch, and the tokens one microbatch trains on."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,14 @@ class RewardBatch:
     reference_lengths: Tensor
     group_ids: Tensor
 
+    def to(self, device: torch.device) -> "RewardBatch":
+        return RewardBatch(**{name: _moved(column, device) for name, column in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class Advantages:
-    """values: [N] float32; per_component: [K, N] float32, before weighting; gated: [N] bool, linguistic set to 0."""
+    """values: [N] float32; per_component: [K, N] float32, before weighting; gated: [N] bool, a reward
+    was set to 0 for its length."""
 
     values: Tensor
     per_component: Tensor
@@ -37,11 +42,12 @@ class Advantages:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The R response tokens of one microbatch, sequence after sequence; all [R].
+    """The R response tokens of one microbatch, sequence after sequence; all [R] but the advantages.
 
     targets:           int64 vocabulary ids
     sequence_ids:      int64 in [0, N): which rollout of the global batch a token belongs to, non-decreasing runs
-    advantages:        float32, the sequence's advantage at each of its tokens
+    token_index:       int64, the token's place in its sequence
+    advantages:        [N] float32, of the rollouts of the global batch; the loss looks them up by `sequence_ids`
     old_logprobs:      float32 under the policy at the start of the step; None on the first update after it, where they
                        are the current ones (detached), so that the ratio is exactly 1 and no extra forward is spent
     rollout_logprobs:  float32 as the engine reported them while sampling
@@ -51,6 +57,7 @@ class TokenBatch:
 
     targets: Tensor
     sequence_ids: Tensor
+    token_index: Tensor
     advantages: Tensor
     old_logprobs: Tensor | None
     rollout_logprobs: Tensor
@@ -58,5 +65,13 @@ class TokenBatch:
     sequence_lengths: Tensor
 
     def to(self, device: torch.device) -> "TokenBatch":
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenBatch(**{name: None if column is None else column.to(device) for name, column in columns.items()})
+        return TokenBatch(**{name: _moved(column, device) for name, column in vars(self).items()})
+
+    def __getitem__(self, rows: slice) -> "TokenBatch":
+        """Some of the tokens, as views."""
+        columns = {name: column if column is None else column[rows] for name, column in vars(self).items()}
+        return TokenBatch(**columns | {"advantages": self.advantages})
+
+
+def _moved(column: Any, device: torch.device) -> Any:
+    return column.to(device) if isinstance(column, Tensor) else column

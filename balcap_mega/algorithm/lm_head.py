@@ -8,7 +8,6 @@ own operators, `copy_to_tensor_model_parallel_region(hidden[rows])`, or under se
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -17,20 +16,17 @@ from torch import Tensor
 from balcap_mega.algorithm.batch import TokenBatch
 from balcap_mega.algorithm.logits import Chunk, HeadShard, logit_chunks, logits_to_gradient_
 from balcap_mega.algorithm.metrics import PolicyMetrics
-from balcap_mega.algorithm.policy_loss import PolicyLoss, loss_normaliser, policy_loss, token_count
+from balcap_mega.algorithm.policy_loss import (
+    PolicyLoss,
+    TokenTerms,
+    loss_normaliser,
+    policy_loss,
+    policy_loss_terms,
+    token_count,
+)
 from balcap_mega.config.schema import AlgorithmConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TokenTerms:
-    """An objective at the T tokens of a chunk: its sum, metrics, and its derivatives by logprob and entropy, [T]."""
-
-    loss_sum: Tensor
-    metrics: PolicyMetrics
-    d_logprobs: Tensor
-    d_entropy: Tensor | None
 
 
 # From a chunk's logprobs and entropies, [T] each, and the rows it holds.
@@ -66,14 +62,9 @@ def fused_policy_loss(
         return policy_loss(logprobs, tokens, config, entropy=entropy, max_response_length=max_response_length)
 
     def objective(logprobs: Tensor, entropy: Tensor, rows: slice) -> TokenTerms:
-        with torch.enable_grad():
-            logprobs, entropy = logprobs.requires_grad_(), entropy.requires_grad_(config.entropy_weight > 0)
-            loss = policy_loss(
-                logprobs, _slice(tokens, rows), config, entropy=entropy, max_response_length=max_response_length
-            )
-            inputs = (logprobs, entropy) if entropy.requires_grad else (logprobs,)
-            gradients = (*torch.autograd.grad(loss.loss_sum, inputs), None)
-        return TokenTerms(loss.loss_sum.detach(), loss.metrics, gradients[0], gradients[1])
+        return policy_loss_terms(
+            logprobs, tokens[rows], config, entropy=entropy, max_response_length=max_response_length
+        )
 
     loss_sum, metrics = _fused_loss(hidden, tokens.targets, head, objective)
     return PolicyLoss(loss_sum, loss_normaliser(tokens, config, max_response_length), metrics)
@@ -100,11 +91,6 @@ def _fused_loss(hidden: Tensor, targets: Tensor, head: HeadShard, objective: Obj
 @cache
 def _say_fallback() -> None:
     logger.warning("algorithm.ratio_level=sequence: the fused LM head recomputes its logits (four GEMMs, not three)")
-
-
-def _slice(tokens: TokenBatch, rows: slice) -> TokenBatch:
-    columns = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
-    return TokenBatch(**{name: None if column is None else column[rows] for name, column in columns.items()})
 
 
 class _Gradients:

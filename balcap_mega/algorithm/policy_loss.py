@@ -30,6 +30,16 @@ class PolicyLoss:
     metrics: PolicyMetrics
 
 
+@dataclass(frozen=True)
+class TokenTerms:
+    """An objective at T tokens: its sum, metrics, and its derivatives by logprob and entropy, [T]; none needs grad."""
+
+    loss_sum: Tensor
+    metrics: PolicyMetrics
+    d_logprobs: Tensor
+    d_entropy: Tensor | None
+
+
 def policy_loss(
     logprobs: Tensor,
     tokens: TokenBatch,
@@ -57,8 +67,14 @@ def policy_loss(
         entropy: [R] of the current policy; with gradient where `config.entropy_weight` is positive, which requires it
         max_response_length: L_max, required by constant_length
     """
-    if use_kernels(logprobs) and config.ratio_level == "token":
-        return kernel_policy_loss(logprobs, tokens, config, entropy, max_response_length)
+    if use_kernels(logprobs):
+        from balcap_mega.kernels.policy_loss import PolicyLoss as KernelPolicyLoss
+
+        objective = _kernel_objective(config, max_response_length)
+        loss_sum, normaliser, sums, maxima = KernelPolicyLoss.apply(
+            logprobs, entropy, *_kernel_inputs(logprobs, tokens), objective
+        )
+        return PolicyLoss(loss_sum, normaliser, PolicyMetrics(sums, maxima))
     old_logprobs = old_or_current(logprobs, tokens)
     log_ratio = logprobs - old_logprobs
     if config.ratio_level == "sequence":
@@ -66,7 +82,7 @@ def policy_loss(
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
 
-    advantages = tokens.advantages
+    advantages = tokens.advantages[tokens.sequence_ids]
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     clipped = torch.where(advantages > 0, ratio > 1 + config.clip_high, ratio < 1 - config.clip_low) & (advantages != 0)
@@ -134,39 +150,59 @@ def token_count(targets: Tensor) -> Tensor:
     return torch.full((), targets.numel(), dtype=torch.int64, device=targets.device)
 
 
-def kernel_policy_loss(
+def policy_loss_terms(
     logprobs: Tensor,
     tokens: TokenBatch,
     config: AlgorithmConfig,
-    entropy: Tensor | None,
-    max_response_length: int | None,
-    sequence_advantages: Tensor | None = None,
-) -> PolicyLoss:
-    """`policy_loss` in one launch; with `sequence_advantages` [N], it also looks each token's advantage up in them."""
+    *,
+    entropy: Tensor,
+    max_response_length: int | None = None,
+) -> TokenTerms:
+    """`policy_loss` of T tokens with its derivatives at once, for a pass over the logits that is in the middle of its
+    own backward pass. With a token-level ratio the tokens may be any of a microbatch's. Kernels do it in one launch.
+    """
+    with_entropy = config.entropy_weight > 0
+    if use_kernels(logprobs):
+        from balcap_mega.kernels.policy_loss import policy_loss_terms as kernel_terms
+
+        objective = _kernel_objective(config, max_response_length)
+        terms = kernel_terms(
+            logprobs, entropy, *_kernel_inputs(logprobs, tokens), objective, differentiate_entropy=with_entropy
+        )
+        return TokenTerms(terms.loss_sum, PolicyMetrics(terms.sums, terms.maxima), terms.d_logprobs, terms.d_entropy)
+    with torch.enable_grad():
+        logprobs, entropy = logprobs.requires_grad_(), entropy.requires_grad_(with_entropy)
+        loss = policy_loss(logprobs, tokens, config, entropy=entropy, max_response_length=max_response_length)
+        inputs = (logprobs, entropy) if with_entropy else (logprobs,)
+        gradients = (*torch.autograd.grad(loss.loss_sum, inputs), None)
+    return TokenTerms(loss.loss_sum.detach(), loss.metrics, gradients[0], gradients[1])
+
+
+def _kernel_objective(config: AlgorithmConfig, max_response_length: int | None):
     from balcap_mega.kernels.policy_loss import Objective
-    from balcap_mega.kernels.policy_loss import PolicyLoss as KernelPolicyLoss
 
     if config.aggregation == "constant_length" and max_response_length is None:
         raise ValueError("aggregation=constant_length needs max_response_length")
-    objective = Objective(
+    counts = {"token_mean": 0, "sequence_mean": 1, "constant_length": max_response_length}
+    return Objective(
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
         kl_weight=config.kl_weight,
         importance_cap=config.importance_cap,
+        sequence_ratio=config.ratio_level == "sequence",
         entropy_weight=config.entropy_weight,
         mean_over_sequence=config.aggregation == "sequence_mean",
-        sequence_count={"token_mean": 0, "sequence_mean": 1, "constant_length": max_response_length}[
-            config.aggregation
-        ],
+        sequence_count=counts[config.aggregation],
         max_log_ratio=MAX_LOG_RATIO,
     )
-    loss_sum, normaliser, sums, maxima = KernelPolicyLoss.apply(
-        logprobs, entropy, old_or_current(logprobs, tokens), tokens.rollout_logprobs, tokens.reference_logprobs,
-        tokens.advantages if sequence_advantages is None else sequence_advantages,
-        tokens.sequence_ids, tokens.sequence_lengths, objective, sequence_advantages is not None,
+
+
+def _kernel_inputs(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor | None, ...]:
+    return (
+        old_or_current(logprobs, tokens), tokens.rollout_logprobs, tokens.reference_logprobs, tokens.advantages,
+        tokens.sequence_ids, tokens.token_index, tokens.sequence_lengths,
     )  # fmt: skip
-    return PolicyLoss(loss_sum, normaliser, PolicyMetrics(sums, maxima))
 
 
 def _starts(sequence_ids: Tensor) -> Tensor:

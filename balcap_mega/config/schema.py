@@ -18,6 +18,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MAY_CHANGE = "may change when the run goes on"  # metadata of a field: `Annotated[type, MAY_CHANGE]`
 
+COMPONENTS = ("precision", "recall", "linguistic")  # of the reward, as a judge gives them
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -130,11 +132,13 @@ class LengthGateConfig(Section):
 
     words: of any script, by `balcap_mega.algorithm.words`: what stands between blanks, and where words have none
     between them, by their letters.
+    components: the rewards that length control acts on, the gate and the linear penalty alike
     """
 
     lower: NonNegative = 0.5
     upper: NonNegative = 2.0
     unit: Literal["words", "tokens"] = "words"
+    components: tuple[str, ...] = ("linguistic",)
 
     @model_validator(mode="after")
     def ordered(self):
@@ -153,7 +157,7 @@ class AlgorithmConfig(Section):
         other. `mask`: it is judged and counts in its group's mean and deviation, but is left out of the loss.
     """
 
-    weights: dict[Literal["precision", "recall", "linguistic"], NonNegative] = {
+    weights: dict[str, NonNegative] = {
         "precision": 1.0,
         "recall": 1.0,
         "linguistic": 1.0,
@@ -333,6 +337,17 @@ class RunConfig(Section):
                 f"rewards.judge={self.rewards.judge} cannot judge data.source={self.data.source}; the rule-based judge "
                 "knows only scenes: use judge=scenes with source=scenes and judge=mllm with any other"
             )
+        return self
+
+    @model_validator(mode="after")
+    def components_are_known(self):
+        controlled = () if self.algorithm.length_control == "none" else self.algorithm.gate.components
+        for key, names in (("weights", self.algorithm.weights), ("gate.components", controlled)):
+            if unknown := sorted(set(names) - set(COMPONENTS)):
+                raise ValueError(
+                    f"algorithm.{key}.{unknown[0]} names no reward of this run; name some of "
+                    f"{', '.join(map(repr, COMPONENTS))}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -37,7 +37,8 @@ class SequenceValues:
         return TokenBatch(
             targets=row.targets,
             sequence_ids=row.sequence_ids,
-            advantages=self.advantages[row.sequence_ids],
+            token_index=row.token_index,
+            advantages=self.advantages,
             old_logprobs=None,
             rollout_logprobs=torch.tensor([self.rollout_logprobs[n][t] for n, t in zip(sequences, places)]),
             reference_logprobs=None,

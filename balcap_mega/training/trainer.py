@@ -76,7 +76,7 @@ class Trainer:
                 rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
                 refuse_missing(rewards, self.config.rewards.max_missing_fraction)
             with phase("advantages"):
-                advantages = compute_advantages(rewards, self.config.algorithm)
+                advantages = compute_advantages(rewards.to(device), self.config.algorithm)
             with phase("packing"), failing_together(device):
                 for group in mine:  # each rank of an engine over several loads its own pictures
                     groups[group.place].seen.refuse_unlike(group.seen)
