@@ -63,7 +63,7 @@ def test_sound_run_passes_on_two_nodes(tiny_checkpoint, tmp_path):
     found = findings_of(done[0], report)
     assert [node.returncode for node in nodes] == [0, 0], done[0].stdout
     assert not [finding for finding in found.values() if finding["status"] == "FAIL"]
-    assert {"collectives", "node n0", "node n1", "checkpoint", "data", "vLLM", "memory"} <= set(found)
+    assert {"collectives", "node n0", "node n1", "checkpoint", "data", "vLLM", "memory", "same inputs"} <= set(found)
     assert ("checks on n0" in found) != ("checks on n1" in found), "rank 0 is on either, and tells of the other"
     assert "2 ranks on 2 nodes" in found["collectives"]["detail"]
     assert "72B-Instruct answers in 0." in found["judge"]["detail"]
@@ -120,7 +120,7 @@ def test_judge_without_images_is_found_out(tmp_path):
     from balcap_mega.diagnostics.inputs import check_data, check_judge, endpoints
 
     records = []
-    check_data(load_config(SMOKE, ["output_dir=x"]), records)
+    check_data(load_config(SMOKE, ["output_dir=x"]), records, [])
     with JudgeServer() as server:
         judge = ["rewards.judge=mllm", "data.source=jsonl", "data.path=x", "rewards.endpoint.model=m"]
         config = load_config(SMOKE, [*judge, f"rewards.endpoint.base_url={server.base_url}"])

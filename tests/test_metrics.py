@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from balcap_mega.config.schema import RunConfig
+from balcap_mega.data.inputs import RowsDigest, RunInputs
 from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.training.learner import UpdateResult
 from balcap_mega.training.observe.console import COLUMNS, Console, clock
@@ -89,7 +90,8 @@ def console(file, enabled=True):
     config = RunConfig.model_validate(
         {"output_dir": "runs/x", "steps": 25, "model": {"tiny": "llava"}, "warmup": {"steps": 100}}
     )
-    return Console(config, ProcessGrid(0, 2, 0, 1, 0, 1), enabled=enabled, file=file)
+    inputs = RunInputs(RowsDigest(4000, ""), RowsDigest(256, ""))
+    return Console(config, ProcessGrid(0, 2, 0, 1, 0, 1), inputs, enabled=enabled, file=file)
 
 
 def test_plain_log():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from balcap_mega.config.schema import RunConfig
+from balcap_mega.data.inputs import RunInputs
 from balcap_mega.data.scenes import ScenesDataset, flawed_caption
 from balcap_mega.rewards.collect import CaptionScore
 from balcap_mega.rewards.judge import Assertion, Judgement, Verdict
@@ -89,7 +90,9 @@ def report(tmp_path):
         folder.summary.write_text(
             json.dumps({"before": SCORES, "after": SCORES | {"recall": 30.0}, "seconds": seconds})
         )
-        write_report(folder, config, held_out(dataset, before, judge), held_out(dataset, after, judge), dataset)
+        inputs = RunInputs.of(ScenesDataset(10, 0, "train"), dataset)
+        captions = held_out(dataset, before, judge), held_out(dataset, after, judge)
+        write_report(folder, config, inputs, *captions, dataset)
         return folder.report.read_text()
 
     return report

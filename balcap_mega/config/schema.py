@@ -78,7 +78,12 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """`scenes` draws its images from the seed; the others read `path` and find images under `image_root`."""
+    """`scenes` draws its images from the seed; the others read `path` and find images under `image_root`.
+
+    eval_among: the images held out are the `eval_size` of the lowest path hashes among the first so many of the file;
+        by default the first `eval_size` themselves. Rows that are appended then move none. Give it where a file is
+        sorted, as many images as it has now; in a file that has fewer, appended rows still move some.
+    """
 
     source: Literal["scenes", "sharegpt4v", "jsonl"] = "scenes"
     path: str | None = None
@@ -86,6 +91,7 @@ class DataConfig(Section):
     image_prefixes: tuple[str, ...] = ()  # keep only images whose path starts with one of these
     train_size: Positive = 4096
     eval_size: Positive = 256
+    eval_among: Positive | None = None
     image_backend: Literal["pil", "dali"] = "pil"
     max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None  # larger pictures are shrunk to it as they are loaded
     max_missing_fraction: Fraction = 0.01
@@ -318,6 +324,8 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     steps: Annotated[int, Field(ge=0), MAY_CHANGE] = 1000
     eval_every: Annotated[int, Field(ge=0), MAY_CHANGE] = 0  # 0: before and after RL only
+    # What of a run's inputs may have other content now than when it began: the rows to train on, what model.path holds.
+    accept_changed: Annotated[tuple[Literal["rows", "checkpoint"], ...], MAY_CHANGE] = ()
     model: ModelConfig
     parallel: Annotated[ParallelConfig, MAY_CHANGE] = ParallelConfig()  # checkpoints load at any layout
     data: DataConfig = DataConfig()

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from balcap_mega.data.annotations import LeftOut
 from balcap_mega.data.headers import Unreadable, picture_size
 from balcap_mega.data.images import ImageDecoder, PilDecoder, shrink, why_unreadable
+from balcap_mega.data.inputs import digest_of
 from balcap_mega.data.records import CaptionRecord, refuse_placeholders
 from balcap_mega.errors import UserError
 
@@ -39,6 +40,7 @@ class ImageFileDataset:
     A picture that cannot be read is replaced by the next sound one, the same on every rank, and the log says why.
     missing, corrupt: how many rows were left out so far, and how many replaced; more than `max_missing_fraction` of
     all rows raises UserError, at construction or on the access that meets one too many.
+    absent: the images that rows name and that are not there, in order
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class ImageFileDataset:
         present = _present_files(self.root, {row.image for row in rows})
         self.rows = [row for row in rows if row.image in present]
         self.missing = total - len(self.rows)
+        self.absent = tuple(sorted({row.image for row in rows} - present))
         self._total = total
         self._decode = decode or PilDecoder()
         self._max_pixels = max_pixels
@@ -68,11 +71,9 @@ class ImageFileDataset:
         self._reason = str(left_out[0]) if left_out else ""
         if left_out:
             log.warning("%d of %d rows are left out, e.g. %s", len(left_out), total, left_out[0])
-        if len(rows) > len(self.rows):
-            absent = next(row.image for row in rows if row.image not in present)
-            log.warning(
-                "%d of %d images are missing below %s, e.g. %r", len(rows) - len(self.rows), total, self.root, absent
-            )
+        if self.absent:
+            count, example = len(rows) - len(self.rows), self.absent[0]
+            log.warning("%d of %d images are missing below %s, e.g. %r", count, total, self.root, example)
         self._refuse_too_many()
         if not self.rows:
             raise UserError(
@@ -100,6 +101,9 @@ class ImageFileDataset:
             self._next_sound(index) if picture is None else self._record(index, picture)
             for index, picture in zip(indices, pictures)
         ]
+
+    def digest(self) -> str:
+        return digest_of((row.id, row.image, row.prompt, row.reference, row.units) for row in self.rows)
 
     def is_sound(self, index: int) -> bool:
         """Whether the picture of row `index` can be decoded."""

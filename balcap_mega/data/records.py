@@ -41,6 +41,10 @@ class CaptionDataset(Protocol):
 
     def __getitem__(self, index: int) -> CaptionRecord: ...
 
+    def digest(self) -> str:
+        """Of all that the records hold but the pixels, in their order."""
+        ...
+
 
 def refuse_placeholders(prompt: str, where: str) -> None:
     """Raise UserError, naming `where` the prompt stands, for one that spells a token that stands for an image."""

@@ -17,7 +17,7 @@ READERS = {"sharegpt4v": read_sharegpt4v, "jsonl": read_jsonl}
 def build_datasets(config: DataConfig, seed: int) -> tuple[CaptionDataset, CaptionDataset]:
     """The training and the evaluation dataset of a run, which share no image.
 
-    A file's held-out images are those of the lowest path hashes: they depend on neither the seed nor the rows' order.
+    A file's held-out images depend on its first images alone (`data.eval_among`), not on the seed or on later rows.
     """
     if config.source == "scenes":
         return (
@@ -31,11 +31,12 @@ def build_datasets(config: DataConfig, seed: int) -> tuple[CaptionDataset, Capti
         max_pixels=config.max_pixels,
         max_missing_fraction=config.max_missing_fraction,
     )
-    images = sorted({row.image for row in dataset.rows}, key=lambda image: hashlib.sha256(image.encode()).digest())
+    images = list(dict.fromkeys(row.image for row in dataset.rows))
     if len(images) <= config.eval_size:
         raise UserError(
             f"data.path={config.path} has {len(images)} images; data.eval_size={config.eval_size} are held out",
             remedy="lower data.eval_size",
         )
-    held_out = set(images[: config.eval_size])
+    among = images[: max(config.eval_among or 0, config.eval_size)]
+    held_out = set(sorted(among, key=lambda image: hashlib.sha256(image.encode()).digest())[: config.eval_size])
     return dataset.subset(set(images) - held_out, config.train_size), dataset.subset(held_out)

@@ -63,15 +63,16 @@ def diagnose(config: RunConfig | None, locks: Path) -> Iterator[Finding]:
     asked = config.parallel.device if config else "auto"
     platform = Platform.resolve(asked if torch.cuda.is_available() else "cpu")
     own: list[Finding] = []
+    read: list[inputs.NodeInputs] = []
     if job.local_rank == 0:
         yield from _kept(check_host(config, platform, locks), own)
     yield from check_ranks(platform, job)
     if job.local_rank == 0:
         yield from _kept(check_software(config, platform), own)
         if config is not None:
-            yield from _kept(check_run(config, platform, job), own)
+            yield from _kept(check_run(config, platform, job, read), own)
         if job.store is not None:
-            yield from exchange(own, job)
+            yield from exchange(own, read, job)
 
 
 def check_host(config: RunConfig | None, platform: Platform, locks: Path) -> Iterator[Finding]:
@@ -114,7 +115,7 @@ def check_software(config: RunConfig | None, platform: Platform) -> Iterator[Fin
     yield software.check_dali(config)
 
 
-def check_run(config: RunConfig, platform: Platform, job: Job) -> Iterator[Finding]:
+def check_run(config: RunConfig, platform: Platform, job: Job, read: list[inputs.NodeInputs]) -> Iterator[Finding]:
     yield inputs.check_config(config, job.world_size)
     needs = None
     if config.model.path is not None:
@@ -124,14 +125,18 @@ def check_run(config: RunConfig, platform: Platform, job: Job) -> Iterator[Findi
     yield host.check_memory(needs)
     yield host.check_disk(Path(config.output_dir), needs)
     records: list[CaptionRecord] = []
-    yield inputs.check_data(config, records)
+    yield inputs.check_data(config, records, read)
     for endpoint in inputs.endpoints(config):
         yield inputs.check_judge(config, endpoint, records[:1])
 
 
-def exchange(own: list[Finding], job: Job) -> Iterator[Finding]:
-    """Hand this node's findings to rank 0, which yields those of the other nodes that are not ok."""
-    job.store.set(f"findings/{job.node}", json.dumps([node_name(), [asdict(finding) for finding in own]]))
+def exchange(own: list[Finding], read: list[inputs.NodeInputs], job: Job) -> Iterator[Finding]:
+    """Hand this node's findings to rank 0, which yields those of the other nodes that are not ok.
+
+    read: what this node reads, if it could; rank 0 compares the nodes.
+    """
+    told = [node_name(), [asdict(finding) for finding in own], [asdict(node) for node in read]]
+    job.store.set(f"findings/{job.node}", json.dumps(told))
     if job.rank:
         return
     for number in range(1, job.nodes):
@@ -141,12 +146,15 @@ def exchange(own: list[Finding], job: Job) -> Iterator[Finding]:
         except dist.DistError:
             yield Finding(f"node {number}", "FAIL", "its checks did not come to an end", "run the doctor there, alone")
             continue
-        node, rows = json.loads(job.store.get(key))
+        node, rows, theirs = json.loads(job.store.get(key))
+        read = [*read, *map(inputs.NODE_INPUTS.validate_python, theirs)]
         others = [Finding(**row) for row in rows]
         for finding in others:
             if finding.status != "ok":
                 yield replace(finding, name=f"{finding.name} on {node}")
         yield Finding(f"checks on {node}", "ok", f"{sum(f.status == 'ok' for f in others)} of {len(others)} ok")
+    if len(read) > 1:
+        yield inputs.compare_inputs(read)
 
 
 def _kept(findings: Iterator[Finding], kept: list[Finding]) -> Iterator[Finding]:

@@ -2,20 +2,28 @@
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter
 
 from balcap_mega.config.preflight import check_batch, check_device, check_model, check_output
 from balcap_mega.config.preflight import check_data as check_data_files
 from balcap_mega.config.schema import JudgeEndpoint, RunConfig
+from balcap_mega.data.inputs import RunInputs, missing_on_one, refuse_too_few
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.huggingface.files import check_checkpoint as check_tensors
+from balcap_mega.models.huggingface.fingerprint import checkpoint_digest
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
+from balcap_mega.parallel.host import node_name
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
 RECORDS = 8  # decoded for a look
+MOST_ABSENT = 10_000  # images that are told to the first node
 JUDGE_SECONDS = 30  # a reply may take, here
 
 
@@ -29,11 +37,27 @@ def check_config(config: RunConfig, world_size: int) -> Finding:
     return ok(f"fits {world_size} ranks; {what}")
 
 
+@dataclass(frozen=True)
+class NodeInputs:
+    """What one node reads; `absent`: the first images that it lacks."""
+
+    node: str
+    inputs: RunInputs
+    absent: tuple[str, ...]
+
+
+NODE_INPUTS = TypeAdapter(NodeInputs)
+
+
 @check("data")
-def check_data(config: RunConfig, records: list[CaptionRecord]) -> Finding:
-    """The first records, decoded as the run decodes them, are added to `records`."""
+def check_data(config: RunConfig, records: list[CaptionRecord], read: list[NodeInputs]) -> Finding:
+    """The first records, decoded as the run decodes them, are added to `records`, what the node reads to `read`."""
     check_data_files(config.data)
     train, held_out = build_datasets(config.data, config.seed)
+    refuse_too_few(config, len(train))
+    checkpoint = checkpoint_digest(config.model.path) if config.model.path else None
+    absent = getattr(train, "absent", ())[:MOST_ABSENT]
+    read.append(NodeInputs(node_name(), RunInputs.of(train, held_out, checkpoint), absent))
     start = time.monotonic()
     records += [train[index] for index in range(min(RECORDS, len(train)))] + [held_out[0]]
     milliseconds = 1000 * (time.monotonic() - start) / len(records)
@@ -43,6 +67,20 @@ def check_data(config: RunConfig, records: list[CaptionRecord]) -> Finding:
     if corrupt:
         return warn(f"{corrupt} of the first {RECORDS} images are corrupt", "replace them")
     return ok(f"{detail}, {milliseconds:.0f} ms an image")
+
+
+@check("same inputs")
+def compare_inputs(read: Sequence[NodeInputs]) -> Finding:
+    """Do all nodes read the same rows, images and checkpoint as the first?"""
+    first, *others = read
+    for other in others:
+        if different := first.inputs.differences(other.inputs):
+            where = missing_on_one((first.node, first.absent), (other.node, other.absent))
+            return fail(
+                f"{first.node} and {other.node} differ: {'; '.join(different.values())}{where}",
+                "give all nodes the same data.path, data.image_root and model.path",
+            )
+    return ok(f"rows, images and checkpoint are the same on {len(read)} nodes")
 
 
 def endpoints(config: RunConfig) -> list[JudgeEndpoint]:

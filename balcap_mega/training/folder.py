@@ -30,6 +30,11 @@ class RunFolder:
         return self.root / RESOLVED_CONFIG
 
     @property
+    def inputs(self) -> Path:
+        """Digests of the data and of the checkpoint that the run began with."""
+        return self.root / "inputs.json"
+
+    @property
     def initial(self) -> Path:
         """The random checkpoint of a `model.tiny` run."""
         return self.root / "initial"

@@ -22,6 +22,7 @@ from balcap_mega.training.guard.signals import Stopped, StopRequest, end_with_la
 from balcap_mega.training.guard.watchdog import Watchdog, collective_timeout, stuck_seconds
 from balcap_mega.training.heldout import HeldOutResult, read_result, write_result
 from balcap_mega.training.initial import initial_checkpoint, warmed_up_checkpoint
+from balcap_mega.training.inputs import agreed_inputs, write_inputs
 from balcap_mega.training.learner import UpdateResult
 from balcap_mega.training.observe.console import Console
 from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read_metrics
@@ -43,12 +44,16 @@ def run(config: RunConfig) -> None:
     leads = torch.distributed.get_rank() == 0
     folder = RunFolder(Path(config.output_dir))
     with watchdog, full_disk_is_named(folder.root), folder.held() if leads else nullcontext():
-        if leads and not resuming:
-            write_text(folder.config, dump_config(config))
+        train_set, eval_set = build_datasets(config.data, config.seed)
+        inputs = agreed_inputs(config, folder, train_set, eval_set)
+        if leads:  # not before: what is refused so far may be mended by other values of the configuration
+            if not resuming:
+                write_text(folder.config, dump_config(config))
+            write_inputs(folder, inputs)
         torch.distributed.barrier()
-        console = Console(config, grid, enabled=leads)
+        console = Console(config, grid, inputs, enabled=leads)
         try:
-            train(config, folder, grid, platform, console, stop)
+            train(config, folder, train_set, eval_set, grid, platform, console, stop)
         except Stopped as signal:
             console.stopped(str(signal))
 
@@ -56,6 +61,8 @@ def run(config: RunConfig) -> None:
 def train(
     config: RunConfig,
     folder: RunFolder,
+    train_set: CaptionDataset,
+    eval_set: CaptionDataset,
     grid: ProcessGrid,
     platform: Platform,
     console: Console,
@@ -63,7 +70,6 @@ def train(
 ) -> None:
     """The run itself, in a folder that is its own. Raises Stopped, after a checkpoint, when asked to stop."""
     phase = PhaseTimer()
-    train_set, eval_set = build_datasets(config.data, config.seed)
     with phase("warmup"):
         start = prepare(config, folder, train_set, grid, platform, console, stop)
     with phase("setup"):
@@ -86,7 +92,7 @@ def train(
         counts = {"before": before.counts, "after": after.counts}
         scores = {"before": before.scores, "after": after.scores}
         write_json(folder.summary, {**scores, "captions": counts, "seconds": phase.seconds})
-        write_report(folder, config, before, after, eval_set)
+        write_report(folder, config, console.inputs, before, after, eval_set)
     console.finished(folder.root)
 
 

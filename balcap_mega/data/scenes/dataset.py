@@ -46,6 +46,10 @@ class ScenesDataset:
             scene=scene,
         )
 
+    def digest(self) -> str:
+        """Of what the records are a function of."""
+        return f"{self.seed} {self.split} {self.size} {self.image_size}"
+
     def scene(self, index: int) -> Scene:
         """The scene of record `index`, not drawn."""
         random = Random(f"scenes {self.seed} {self.split} {index}")

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from balcap_mega.config.schema import RunConfig
+from balcap_mega.data.inputs import RunInputs
 from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.training.guard.health import Finding
 from balcap_mega.training.learner import UpdateResult
@@ -72,9 +73,15 @@ class Console:
     """Prints on the first rank; does nothing where `enabled` is False."""
 
     def __init__(
-        self, config: RunConfig, grid: ProcessGrid, *, enabled: bool = True, file: IO[str] | None = None
+        self,
+        config: RunConfig,
+        grid: ProcessGrid,
+        inputs: RunInputs,
+        *,
+        enabled: bool = True,
+        file: IO[str] | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.inputs = config, inputs
         self._rich = RichConsole(file=file, quiet=not enabled, highlight=False, soft_wrap=True)
         if not self._rich.is_terminal:
             self._rich.width = PLAIN_WIDTH
@@ -100,7 +107,7 @@ class Console:
         counts: over how many captions each score is
         """
         self._evaluations[name], self._counts[name] = scores, counts
-        self._section(f"Held-out evaluation, {name} reinforcement learning, {self.config.data.eval_size} images")
+        self._section(f"Held-out evaluation, {name} reinforcement learning, {self.inputs.held_out.count} images")
         names = list(self._evaluations)
         table = Table(box=SIMPLE_HEAD)
         table.add_column("")
@@ -147,7 +154,7 @@ class Console:
 
     def _header(self, grid: ProcessGrid) -> None:
         self._section("BalCap-Mega")
-        facts = run_facts(self.config) | {
+        facts = run_facts(self.config, self.inputs) | {
             "layout": f"tensor {grid.tensor_size} x pipeline {grid.pipeline_size} x data {grid.data_size}, "
             f"rollout tensor {self.config.rollout.tensor_parallel}"
         }
@@ -165,7 +172,7 @@ class Console:
         self._rich.print(Text.assemble(*cells), no_wrap=True, overflow="ellipsis", soft_wrap=False)
 
 
-def run_facts(config: RunConfig) -> dict[str, str]:
+def run_facts(config: RunConfig, inputs: RunInputs) -> dict[str, str]:
     """What a reader needs to know of a run, one short line each."""
     rollout, algorithm, model = config.rollout, config.algorithm, config.model
     source = config.data.source if config.data.path is None else f"{config.data.source}, {config.data.path}"
@@ -178,7 +185,7 @@ def run_facts(config: RunConfig) -> dict[str, str]:
     return {
         "output": config.output_dir,
         "policy": model.path or f"{model.tiny}, small, randomly initialised",
-        "data": f"{source}: {config.data.train_size} to train on, {config.data.eval_size} held out",
+        "data": f"{source}: {inputs.rows.count} to train on, {inputs.held_out.count} held out",
         "steps": f"{config.steps} of {rollout.prompts_per_step} images x {rollout.group_size} captions",
         "algorithm": f"{algorithm.normalization} ({weights}), {control}",
         "numbers": f"{model.dtype}, seed {config.seed}, learning rate {config.optimizer.learning_rate:g}",

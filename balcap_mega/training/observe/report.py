@@ -13,6 +13,7 @@ from PIL import Image
 
 from balcap_mega.config.load import dump_config
 from balcap_mega.config.schema import RunConfig
+from balcap_mega.data.inputs import RunInputs
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.rewards.judge import COMPONENTS, Judgement, Verdict
 from balcap_mega.training.folder import RunFolder, write_text
@@ -51,7 +52,12 @@ class Chart:
 
 
 def write_report(
-    folder: RunFolder, config: RunConfig, before: HeldOutResult, after: HeldOutResult, dataset: CaptionDataset
+    folder: RunFolder,
+    config: RunConfig,
+    inputs: RunInputs,
+    before: HeldOutResult,
+    after: HeldOutResult,
+    dataset: CaptionDataset,
 ) -> None:
     """Write `folder.report` from the folder's summary.json and metrics.jsonl, and the first captions of `dataset`."""
     summary = json.loads(folder.summary.read_text(encoding="utf-8"))
@@ -60,7 +66,7 @@ def write_report(
     )
     page = environment.get_template("report_template.html").render(
         name=folder.root.resolve().name,
-        facts=run_facts(config),
+        facts=run_facts(config, inputs),
         score=summary["after"]["b_capscore"],
         score_before=summary["before"]["b_capscore"],
         gate=config.algorithm.gate,
