@@ -39,8 +39,8 @@ def warm_up(
 
     `target(record, step)` is the caption to imitate, which need not be the reference.
     """
-    sampler, layout = RecordSampler(len(dataset), seed, config.batch_size), batches.layout
+    sampler, grid = RecordSampler(len(dataset), seed, config.batch_size), batches.grid
     for step in range(config.steps):
-        records = [dataset[index] for index in sampler.shard(step, layout.data_rank, layout.data_size)]
+        records = [dataset[index] for index in sampler.shard(step, grid.data_rank, grid.data_size)]
         microbatches = batches.supervised(records, [target(record, step) for record in records])
         on_step(step, learner.supervised_update(microbatches, learning_rate(step, config)))
