@@ -1,6 +1,7 @@
 """The recipes in miniature: their own configuration files, a tiny model, real photos, a local judge."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,11 @@ def test_recipe_runs_in_miniature(recipe, tiny_checkpoint, tmp_path):
     output = tmp_path / "run"
     with JudgeServer(RuleJudge(tuple(units))) as judge:
         parallel = PIPELINE if recipe == "qwen2_5_vl_72b" else TENSOR  # it alone has stages
-        done = train(recipe, miniature(model, output, judge.base_url, parallel))
+        benchmarks = []
+        if recipe in ("llava15_7b", "qwen2_5_vl_3b"):  # the second's benchmarks have a judge that is not there
+            there = recipe == "llava15_7b"
+            benchmarks = write_benchmarks(tmp_path, judge.base_url if there else "http://127.0.0.1:9/v1")
+        done = train(recipe, [*miniature(model, output, judge.base_url, parallel), *benchmarks])
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert judge.asked("verify") and judge.asked("cover") and judge.asked("language")
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -73,6 +78,48 @@ def test_recipe_runs_in_miniature(recipe, tiny_checkpoint, tmp_path):
         assert row["rollout/logprob_difference_max"] <= 1e-4
         assert row["reward/precision_missing"] == row["reward/linguistic_missing"] == 0.0
     assert list((output / "policy").glob("*.safetensors"))
+    if recipe == "llava15_7b":
+        benchmarks_were_judged_beside_it(output, rows, done.stderr)
+    elif benchmarks:
+        late = [json.loads(line) for line in (output / "benchmarks.jsonl").read_text().splitlines()]
+        judged = {row["step"]: row["benchmark/captionqa_judged"] for row in late if "benchmark/captionqa_judged" in row}
+        assert judged == {1: 0.0, 2: 0.0} and not any("benchmark/captionqa" in row for row in late)
+        assert "captionqa after step 1 has no score" in done.stderr
+
+
+def write_benchmarks(folder: Path, base_url: str) -> list[str]:
+    """Questions and facts about three photos, the first of which is broken."""
+    photos = [json.loads(line) for line in PHOTOS.read_text().splitlines()][:3]
+    images = folder / "benchmark_images"
+    images.mkdir()
+    for photo in photos:
+        shutil.copy(Path(skimage.data.__file__).parent / photo["image"], images)
+    asked = {"question": "What is it?", "choices": ["A cat", "A cup", "A rocket"], "answer": "A cup"}
+    rows = [{"id": Path(photo["image"]).stem, "domain": "x", "questions": [asked, asked]} for photo in photos]
+    (folder / "questions.json").write_text(json.dumps(rows))
+    facts = [{"image_name": p["image"], "oracle_facts": p["units"], "oracle_caption": p["reference"]} for p in photos]
+    (images / photos[0]["image"]).write_bytes(b"broken")
+    (folder / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in facts))
+    return [
+        "eval_every=1", f"benchmarks.captionqa.questions={folder / 'questions.json'}",
+        f"benchmarks.captionqa.images={images}", f"benchmarks.dcscore.annotations={folder / 'facts.jsonl'}",
+        f"benchmarks.dcscore.images={images}", f"benchmarks.endpoint.base_url={base_url}",
+        "benchmarks.endpoint.model=judge", "benchmarks.endpoint.max_retries=0",
+    ]  # fmt: skip
+
+
+def benchmarks_were_judged_beside_it(output: Path, rows: list[dict], log: str) -> None:
+    late = [json.loads(line) for line in (output / "benchmarks.jsonl").read_text().splitlines()]
+    captionqa = {row["step"]: row for row in late if "benchmark/captionqa" in row}
+    assert set(captionqa) == {1, 2}
+    for steps, row in captionqa.items():
+        assert row["benchmark/captionqa_judged"] == pytest.approx(4 / 6)  # a picture is broken, and so it is said
+        answers = json.loads((output / "benchmarks" / f"step_{steps:06d}" / "captionqa.json").read_text())
+        scores = [answer["score"] for of_image in answers.values() for answer in of_image]
+        assert len(scores) == 4 and row["benchmark/captionqa"] == pytest.approx(100 * sum(scores) / 4)
+    assert {row["step"] for row in late if "benchmark/dcscore_judged" in row} == {1, 2}
+    assert "is left out: corrupt_picture" in log
+    assert not any(name.startswith("benchmark/") for row in rows for name in row)
 
 
 def test_judge_that_never_answers_stops_the_run_and_loses_nothing(tiny_checkpoint, tmp_path):

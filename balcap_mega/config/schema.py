@@ -317,6 +317,39 @@ class CheckpointConfig(Section):
     grace_seconds: Positive = 300
 
 
+class CaptionQaFiles(Section):
+    """CaptionQA's questions (JSON, JSON Lines or Parquet), and a folder of pictures named by their id."""
+
+    questions: str
+    images: str
+    max_tokens: Positive = 4  # of an answer; a judge that thinks first needs more
+
+
+class DcScoreFiles(Section):
+    """DeCapBench's annotations (JSON Lines, with `oracle_caption`), and the folder of its pictures."""
+
+    annotations: str
+    images: str
+
+
+class BenchmarkConfig(Section):
+    """Benchmarks of the policy every `eval_every` steps, judged beside the training, which they never end or delay.
+
+    endpoint:     the judge; that of `rewards` where there is none. One of its own takes no part of the rewards' rate
+    wait_seconds: what is still judged after the last step is waited for so long
+    """
+
+    captionqa: CaptionQaFiles | None = None
+    dcscore: DcScoreFiles | None = None
+    endpoint: JudgeEndpoint | None = None
+    prompt: str = "Describe this image in detail."
+    wait_seconds: Annotated[int, Field(ge=0, le=480)] = 300
+
+    @property
+    def wanted(self) -> bool:
+        return self.captionqa is not None or self.dcscore is not None
+
+
 class RunConfig(Section):
     """One training run. `balcap_mega.config.load.load_config` builds it from YAML and `key=value` overrides."""
 
@@ -337,6 +370,15 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
     health: Annotated[HealthConfig, MAY_CHANGE] = HealthConfig()
+    benchmarks: Annotated[BenchmarkConfig, MAY_CHANGE] = BenchmarkConfig()
+
+    @model_validator(mode="after")
+    def benchmarks_are_judged(self):
+        if self.benchmarks.wanted and not self.eval_every:
+            raise ValueError("benchmarks are taken every eval_every=0 steps; set eval_every, such as 50")
+        if self.benchmarks.wanted and not (self.benchmarks.endpoint or self.rewards.endpoint):
+            raise ValueError("benchmarks have no judge; set benchmarks.endpoint.base_url and benchmarks.endpoint.model")
+        return self
 
     @model_validator(mode="after")
     def judge_fits_data(self):

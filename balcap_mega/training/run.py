@@ -16,6 +16,7 @@ from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.parallel.groups import ProcessGrid, initialize_parallel, world_size
 from balcap_mega.parallel.platform import Platform
+from balcap_mega.training.benchmarks import Benchmarks
 from balcap_mega.training.build import build_trainer
 from balcap_mega.training.folder import RunFolder, full_disk_is_named, write_json, write_text
 from balcap_mega.training.guard.signals import Stopped, StopRequest, end_with_launcher
@@ -72,6 +73,7 @@ def train(
     phase = PhaseTimer()
     with phase("warmup"):
         start = prepare(config, folder, train_set, grid, platform, console, stop)
+    benchmarks = Benchmarks(config, folder.root, platform.device)
     with phase("setup"):
         trainer = build_trainer(config, start, train_set, grid, platform, folder, stop)
         first_step = trainer.resume()
@@ -80,7 +82,7 @@ def train(
         before = evaluation_before(trainer, first_step, eval_set, folder)
     console.evaluation("before", before.scores, before.counts)
     with phase("reinforcement"):
-        improve(trainer, first_step, eval_set, folder, console)
+        improve(trainer, first_step, eval_set, folder, console, benchmarks)
     with phase("export"):
         export(trainer, start, folder)
     with phase("evaluation"):
@@ -125,27 +127,38 @@ def evaluation_before(trainer: Trainer, first_step: int, eval_set: CaptionDatase
     return before
 
 
-def improve(trainer: Trainer, first_step: int, eval_set: CaptionDataset, folder: RunFolder, console: Console) -> None:
+def improve(
+    trainer: Trainer,
+    first_step: int,
+    eval_set: CaptionDataset,
+    folder: RunFolder,
+    console: Console,
+    benchmarks: Benchmarks,
+) -> None:
     """The steps from `first_step` on: each is taken, evaluated when due, logged, checked, and saved when due."""
     config, leads = trainer.config, torch.distributed.get_rank() == 0
     if leads:
         trainer.health.replay(row for row in read_metrics(folder.root) if row["step"] <= first_step)
     trainer.health.streaks = from_first_rank(trainer.health.streaks)
+    benchmarks.go_on(first_step)
     with MetricsLogger(folder.root, first_step, enabled=leads) as log:
         for step in range(first_step, config.steps):
             metrics = trainer.step(step)
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 metrics |= evaluation_between(trainer, step + 1, eval_set, console)
+            benchmarks.caption(trainer.engine, trainer.replica, step + 1)
             findings = trainer.health.observe(step + 1, metrics)
             metrics |= {f"health/{finding.check}": finding.value for finding in findings}
             log(step, metrics)
             console.step(step, metrics)
             console.findings(findings)
             trainer.refuse(findings, step + 1)
+            benchmarks.report(log.late)
             trainer.checkpoints.poll()
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 trainer.save(step + 1)
         trainer.checkpoints.finish()
+        benchmarks.finish(log.late)
 
 
 def evaluation_between(trainer: Trainer, steps: int, eval_set: CaptionDataset, console: Console) -> dict[str, float]:

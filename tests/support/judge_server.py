@@ -1,6 +1,8 @@
 """A judge endpoint for tests and benchmarks: real HTTP, answers by simple rules, with scripted faults and latency.
 
-python tests/support/judge_server.py --latency 0.5      prints its address and serves until it is ended
+python tests/support/judge_server.py --truths tests/data/photos.jsonl
+
+prints its address and serves until it is ended; the "units" in that file are what is true
 """
 
 import argparse
@@ -13,6 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
+
+if __name__ == "__main__":  # started by its path, from anywhere
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.support import benchmark_judge
 
 INTERPRETATION = re.compile(r"\b(mood|depth|inviting|cosy|lively)\b", re.IGNORECASE)
 
@@ -55,6 +65,9 @@ class RuleJudge:
     def cover(self, data):
         said = {_plain(sentence) for sentence in _sentences(data["caption"])}
         return {number: {"covered": _plain(fact) in said} for number, fact in data["facts"].items()}
+
+    def plain(self, body):
+        return benchmark_judge.answer(body, self.truths)
 
     def language(self, data):
         return {"clarity": 10, "fluency": 8, "coherency": 9}
@@ -163,7 +176,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--truths", help="a JSON Lines file of references with units")
     options = parser.parse_args()
-    with JudgeServer(latency=options.latency, port=options.port) as server:
+    truths = []
+    if options.truths:
+        with open(options.truths, encoding="utf-8") as file:
+            truths = [unit for line in file for unit in json.loads(line)["units"]]
+    with JudgeServer(RuleJudge(tuple(truths)), options.latency, options.port) as server:
         print(server.base_url, flush=True)
         threading.Event().wait()

@@ -18,6 +18,7 @@ from balcap_mega.errors import UserError
 from balcap_mega.parallel.progress import progress
 
 METRICS_FILE = "metrics.jsonl"
+LATE_METRICS_FILE = "benchmarks.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -91,7 +92,8 @@ class MetricsLogger:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
 
-        _keep_steps(self._path, first_step)
+        for name in (METRICS_FILE, LATE_METRICS_FILE):
+            _keep_steps(folder, name, first_step)
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
         self._wandb = _start_wandb(folder)
 
@@ -120,12 +122,26 @@ class MetricsLogger:
             self._wandb.log(dict(metrics), step=done)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, one a step, in order; a last line that a crash cut off is left out.
+    def late(self, steps: int, metrics: Mapping[str, float]) -> None:
+        """Log what is known only now about the weights after `steps` steps: a row of its own in benchmarks.jsonl."""
+        if self._board is None:
+            return
+        with open(self._path.with_name(LATE_METRICS_FILE), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": steps, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, steps)
+        if self._wandb is not None:  # whose own steps only go forward
+            self._wandb.log({**metrics, "benchmark/step": steps})
+
+
+def read_metrics(folder: Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, one a step, in order, or those of another file like it.
+
+    A last line that a crash cut off is left out.
 
     Raises UserError naming a line that is damaged otherwise.
     """
-    path = folder / METRICS_FILE
+    path = folder / name
     if not path.exists():
         return []
     *lines, _ = path.read_bytes().split(b"\n")
@@ -140,8 +156,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _keep_steps(path: Path, steps_done: int) -> None:
-    rows = [row for row in read_metrics(path.parent) if row["step"] <= steps_done]
+def _keep_steps(folder: Path, name: str, steps_done: int) -> None:
+    path = folder / name
+    if not path.exists() and name != METRICS_FILE:
+        return
+    rows = [row for row in read_metrics(folder, name) if row["step"] <= steps_done]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)
