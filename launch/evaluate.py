@@ -20,7 +20,7 @@ from balcap_mega.errors import UserError
 from balcap_mega.evaluation import bcapscore, caparena, captionqa, captionqa_questions, dcscore
 from balcap_mega.evaluation.fingerprint import beside, claim, digest, of_judge, packaged_prompts
 from balcap_mega.evaluation.options import in_options, parse_arguments
-from balcap_mega.evaluation.pictures import CORRUPT, MISSING, Pictures
+from balcap_mega.evaluation.pictures import MISSING, UNREADABLE, Pictures
 from balcap_mega.evaluation.provenance import CaptionsMaker, checkpoint_digest, continued, origin
 from balcap_mega.evaluation.report import progress_bar, write_report
 from balcap_mega.evaluation.session import (
@@ -41,7 +41,7 @@ BAD_INPUT, TOO_MUCH_UNJUDGED = 2, 3  # exit statuses
 ASK_AGAIN = "run the same command again to ask for the rest once more"
 REMEDIES = {
     MISSING: "complete the pictures, and run the same command again",
-    CORRUPT: "replace the pictures that cannot be decoded, and run the same command again",
+    UNREADABLE: "replace the pictures that cannot be decoded, and run the same command again",
     "no_facts": "score captions without facts as 0, by --mend and another --output",
     "other_wording": "count judgments in other words too, by --mend",
 }

@@ -118,7 +118,7 @@ def benchmarks_were_judged_beside_it(output: Path, rows: list[dict], log: str) -
         scores = [answer["score"] for of_image in answers.values() for answer in of_image]
         assert len(scores) == 4 and row["benchmark/captionqa"] == pytest.approx(100 * sum(scores) / 4)
     assert {row["step"] for row in late if "benchmark/dcscore_judged" in row} == {1, 2}
-    assert "is left out: corrupt_picture" in log
+    assert "is left out: unreadable_picture" in log
     assert not any(name.startswith("benchmark/") for row in rows for name in row)
 
 

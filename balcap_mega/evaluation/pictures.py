@@ -10,10 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from balcap_mega.data.files import read_image_file
-from balcap_mega.data.images import PilDecoder
+from balcap_mega.data.headers import Unreadable
+from balcap_mega.data.images import decode, why_unreadable
 from balcap_mega.errors import UserError
 
-MISSING, CORRUPT = "no_picture", "corrupt_picture"
+MISSING, UNREADABLE = "no_picture", "unreadable_picture"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Pictures:
     """Picture files below `root`, by their path there.
 
     digests:  SHA-256 of each file that can be decoded
-    unusable: why each of the others cannot be judged, MISSING or CORRUPT
+    unusable: why each of the others cannot be judged, MISSING or UNREADABLE
     """
 
     root: Path
@@ -34,17 +35,18 @@ class Pictures:
         names = list(dict.fromkeys(names))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without holding Python's lock
             found = dict(zip(names, pool.map(lambda name: _digest(root / name), names), strict=True))
-        digests = {name: digest for name, digest in found.items() if digest not in (MISSING, CORRUPT)}
+        digests = {name: digest for name, digest in found.items() if digest not in (MISSING, UNREADABLE)}
         return cls(root, digests, {name: why for name, why in found.items() if name not in digests})
 
     def refuse_too_many_unusable(self, most: float) -> None:
         """Raise UserError if more than the fraction `most` of the pictures cannot be used."""
         total = len(self.digests) + len(self.unusable)
         if len(self.unusable) > most * total:
-            name, why = next(iter(self.unusable.items()))
+            name, reason = next(iter(self.unusable.items()))
+            why = "is not there" if reason == MISSING else why_unreadable(read_image_file(self.root / name))
             raise UserError(
                 f"{len(self.unusable)} of {total} pictures below --images {self.root} are missing or cannot be "
-                f"decoded, e.g. {name!r} ({why}); --max-unjudged is {most:g}",
+                f"decoded, e.g. {name!r} {why}; --max-unjudged is {most:g}",
                 remedy="check --images, complete the pictures, or raise --max-unjudged",
             )
 
@@ -54,14 +56,14 @@ class Pictures:
 
 def read_picture(path: Path) -> Image.Image:
     """An image file as training would read it. Raises UserError for one that cannot be decoded."""
-    (picture,) = PilDecoder()([read_image_file(path)])
-    if picture is None:
-        raise UserError(f"{path} cannot be decoded", remedy="replace the image")
-    return picture
+    try:
+        return decode(read_image_file(path))
+    except Unreadable as error:
+        raise UserError(f"{path} cannot be decoded: it {error}", remedy="replace the image") from None
 
 
 def _digest(path: Path) -> str:
     if not path.is_file():
         return MISSING
     data = read_image_file(path)
-    return CORRUPT if PilDecoder()([data]) == [None] else hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data).hexdigest() if why_unreadable(data) is None else UNREADABLE
