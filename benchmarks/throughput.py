@@ -64,7 +64,7 @@ class InstantJudge:
     def __init__(self, seed: int):
         self._random = Random(seed)
 
-    def submit(self, record, caption: str) -> Future[Judgement]:
+    def submit(self, record, caption: str, *, quotes: bool = False) -> Future[Judgement]:
         draw = self._random.random
         verdicts = [Verdict.VERIFIED if draw() < 0.7 else Verdict.WRONG for _ in range(8)]
         future: Future[Judgement] = Future()

@@ -49,7 +49,7 @@ def main() -> None:
     }
     judge = MllmJudge(RewardConfig(judge="mllm", endpoint=validate(JudgeEndpoint, endpoint, "the endpoint's options")))
     try:
-        judge.check()
+        judge.check(["units"])
         with progress_bar("reference units", len(dataset)) as advance:
             report = prepare(dataset, options.output, judge, advance)
         spent = judge.report()

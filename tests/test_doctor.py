@@ -59,7 +59,8 @@ def test_sound_run_passes_on_two_nodes(tiny_checkpoint, tmp_path):
             for node in range(2)
         ]  # fmt: skip
         done = [subprocess.CompletedProcess(node.args, 0, *node.communicate(timeout=280)) for node in nodes]
-        assert len(judge.asked("verify")) == 2, "each node asks the judge about a picture"
+        pictures = {body["messages"][1]["content"][0]["image_url"]["url"] for body in judge.asked("verify")}
+        assert len(pictures) > 2, "the judge is asked about the run's own pictures, and about a drawn one"
     found = findings_of(done[0], report)
     assert [node.returncode for node in nodes] == [0, 0], done[0].stdout
     assert not [finding for finding in found.values() if finding["status"] == "FAIL"]
@@ -67,6 +68,7 @@ def test_sound_run_passes_on_two_nodes(tiny_checkpoint, tmp_path):
     assert ("checks on n0" in found) != ("checks on n1" in found), "rank 0 is on either, and tells of the other"
     assert "2 ranks on 2 nodes" in found["collectives"]["detail"]
     assert "72B-Instruct answers in 0." in found["judge"]["detail"]
+    assert "captions a second of this run's images" in found["judge"]["detail"]
 
 
 def test_every_fault_is_named_at_once(tiny_checkpoint, tmp_path):
@@ -117,7 +119,7 @@ def test_slow_rank_is_named():
 
 
 def test_judge_without_images_is_found_out(tmp_path):
-    from balcap_mega.diagnostics.inputs import check_data, check_judge, endpoints
+    from balcap_mega.diagnostics.inputs import check_data, check_judge
 
     records = []
     check_data(load_config(SMOKE, ["output_dir=x"]), records, [])
@@ -125,8 +127,7 @@ def test_judge_without_images_is_found_out(tmp_path):
         judge = ["rewards.judge=mllm", "data.source=jsonl", "data.path=x", "rewards.endpoint.model=m"]
         config = load_config(SMOKE, [*judge, f"rewards.endpoint.base_url={server.base_url}"])
         server.faults["verify"] = [Fault(status=400)]
-        (endpoint,) = endpoints(config)
-        finding = check_judge(config, endpoint, records[:1])
+        finding = check_judge(config, records[:1])
     assert finding.status == "FAIL" and "http_400" in finding.detail and "takes images" in finding.remedy
 
 

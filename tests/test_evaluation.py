@@ -328,15 +328,15 @@ def test_bcapscore_judges_goes_on_and_reports(monkeypatch, tmp_path):
     options = ["--captions", tmp_path / "captions.json", "--references", references, "--images", PHOTOS]
     options += ["--output", output, "--price-prompt", 2.5, "--price-completion", 10, "--max-retries", 0]
     with JudgeServer(RuleJudge(truths)) as server:
-        server.faults["verify"] = [Fault(status=500)] * 2
+        server.faults["verify"] = [Fault(), *[Fault(status=500)] * 2]  # the first is the check
         assert evaluate(monkeypatch, "bcapscore", server, *options) == 3
         assert report(output)["figures"]["incomplete"] == 2
         assert report(output)["not_judged"] == {"no_precision": 2}
         output.write_text(output.read_text() + '{"image": "cut off')
         server.requests.clear()
         assert evaluate(monkeypatch, "bcapscore", server, *options) == 0
-        assert len(server.asked("verify")) == 2
-        assert len(server.requests) == 1 + 2  # the check: what was answered of the two captions is not asked again
+        # The check's five; what was answered of the two captions is not asked again.
+        assert len(server.asked("verify")) == 1 + 2 and len(server.requests) == 5 + 2
     figures = report(output)["figures"]
     assert figures["incomplete"] == 0 and figures["captions"] == 10
     recall = sum(3 / len(photo["units"]) for photo in photos) / len(photos)

@@ -361,9 +361,9 @@ def test_run_checkpoints(name, count, run_checkpoint):
 
 TRUTHS = ("There is a red car", "The sky is blue")
 REPLIES = {
-    "split": {"assertions": [{"text": "There is a red car.", "quote": "There is a red car."}]},
-    "verify": {"1": {"pointable": True, "correct": True}, "2": {"pointable": True, "correct": False}},
-    "cover": {"1": {"covered": True}},
+    "split": {"assertions": ["red car", "sky green"]},
+    "verify": {"verdicts": "1R2W"},
+    "cover": {"verdicts": "1Y"},
     "language": {"clarity": 10, "fluency": 8, "coherency": 9},
 }
 COMPONENT = {"split": "precision", "verify": "precision", "cover": "recall", "language": "linguistic"}

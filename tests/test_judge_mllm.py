@@ -18,7 +18,7 @@ from balcap_mega.rewards.judge import Judgement, Verdict
 from balcap_mega.rewards.missing import TooManyMissing, refuse_missing
 from balcap_mega.rewards.mllm import questions
 from balcap_mega.rewards.mllm.judge import MllmJudge, find_quote
-from tests.support.judge_server import Fault, JudgeServer, RuleJudge, user_data
+from tests.support.judge_server import Fault, JudgeServer, RuleJudge, numbered, user_data
 
 REFERENCE = "There is a red car. A dog sits on the car. The sky is blue."
 TRUTHS = ("There is a red car", "A dog sits on the car", "The sky is blue", "The photo has depth")
@@ -86,7 +86,8 @@ def test_requests_decode_greedily_under_a_schema_and_only_verification_sees_the_
     (verify,) = server.asked("verify")
     assert verify["messages"][1]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     schema = verify["response_format"]["json_schema"]["schema"]
-    assert schema["required"] == ["1", "2", "3", "4"] and schema["additionalProperties"] is False
+    assert schema["properties"]["verdicts"]["pattern"] == "^1[RWVX]2[RWVX]3[RWVX]4[RWVX]$"
+    assert schema["required"] == ["verdicts"] and schema["additionalProperties"] is False
 
 
 def test_a_claim_made_twice_counts_once(judge):
@@ -223,11 +224,21 @@ def test_scores_out_of_range_or_of_another_shape_are_never_used(server, content)
 @pytest.mark.parametrize(
     ("question", "content"),
     [
-        ("split", '{"assertions": [{"text": " ", "quote": ""}]}'),
-        ("split", json.dumps({"assertions": [{"text": "x", "quote": "x"}] * 129})),
+        ("split", '{"assertions": [" "]}'),
+        ("split", '{"assertions": [{"text": "x"}]}'),
+        ("split", json.dumps({"assertions": ["x"] * 129})),  # of a caption that is too short for them
         ("units", '{"units": []}'),
         ("units", '{"units": [""]}'),
-        ("cover", '{"1": {"covered": true}}'),
+        ("cover", '{"verdicts": "1Y2N"}'),  # of three facts
+        ("cover", '{"verdicts": "1Y2N3Y4Y"}'),
+        ("cover", '{"verdicts": "YNY"}'),
+        ("cover", '{"verdicts": "1Y3Y2N"}'),
+        ("cover", '{"verdicts": "1Y2Y2N3Y"}'),
+        ("cover", '{"verdicts": "1Y2N3R"}'),
+        ("cover", '{"verdicts": "1Y2N3Yes"}'),
+        ("cover", '{"verdicts": "all 1Y2N3Y"}'),
+        ("cover", '{"verdicts": ""}'),
+        ("verify", '{"verdicts": "1R2W3V"}'),  # of four statements
         ("verify", '{"1": {"pointable": true, "correct": 1}}'),
     ],
 )
@@ -239,8 +250,10 @@ def test_replies_that_are_blank_endless_or_incomplete_are_never_used(server, que
     judge.close()
 
 
-def test_schemas_use_only_what_hosted_strict_modes_take(judge, server):
-    judged(judge, CAPTION)
+def test_schemas_use_only_what_hosted_strict_modes_take(server):
+    judge = make_judge(server, dialect={"patterns": False})
+    assert None not in judged(judge, CAPTION).components().values()
+    judge.close()
     for _, body in server.requests:
         schema = body["response_format"]["json_schema"]["schema"]
         for part in [schema, *schema.get("$defs", {}).values()]:
@@ -350,9 +363,8 @@ def test_a_caption_that_addresses_the_judge_stays_data_and_gains_nothing(judge, 
 
 def test_a_judge_that_a_caption_talked_into_more_verdicts_than_statements_is_not_believed(server):
     judge = make_judge(server, max_retries=0)
-    true = {"pointable": True, "correct": True}
     server.answer = lambda name, data: (
-        {str(i): true for i in range(1, 10)} if name == "verify" else RuleJudge(TRUTHS)(name, data)
+        numbered({str(i): "R" for i in range(1, 10)}) if name == "verify" else RuleJudge(TRUTHS)(name, data)
     )
     assert judged(judge, CAPTION).precision is None
     judge.close()

@@ -41,7 +41,7 @@ def data(tmp_path) -> Path:
 def test_units_are_extracted_once_and_an_interrupted_run_goes_on(tmp_path, data):
     output = tmp_path / "prepared.jsonl"
     with JudgeServer() as server:
-        server.faults["units"] = [Fault(status=400)]
+        server.faults["units"] = [Fault(), Fault(status=400)]  # the first is the check
         first = prepare(server, data, output)
         assert first.returncode == 0, first.stderr
         assert "8 rows written, 0 were there" in first.stdout
@@ -51,7 +51,7 @@ def test_units_are_extracted_once_and_an_interrupted_run_goes_on(tmp_path, data)
         server.requests.clear()
         second = prepare(server, data, output)
         assert "4 rows written, 5 were there" in second.stdout
-        assert len(server.asked("units")) == 4
+        assert len(server.asked("units")) == 1 + 4
         refused = prepare(server, data, output, "--prefix", "coco/")
         assert refused.returncode == 2 and "no row of the dataset" in refused.stderr
     prepared = read_jsonl(output)

@@ -21,7 +21,7 @@ from balcap_mega.rewards.mllm.judge import MllmJudge
 from tests.support.distributed import free_port
 
 CAPTION = "Red above blue."
-SPLIT = '{"assertions":[{"text":"Red","quote":"Red"},{"text":"blue","quote":"blue"}]}'
+SPLIT = '{"assertions":["Red","blue"]}'
 UNITS = '{"units":["Red","blue"]}'
 START_SECONDS = 240
 
@@ -55,7 +55,8 @@ def address(tmp_path_factory):
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "judge",
         "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32", "--max-model-len", "8192",
-        "--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 1, "video": 0}',
+        "--max-num-seqs", "8", "--enable-prefix-caching", "--enable-prompt-tokens-details",
+        "--limit-mm-per-prompt", '{"image": 1, "video": 0}',
         # Without this a weak judge may fill its reply with spaces, which JSON allows, up to the token limit.
         "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
     ]  # fmt: skip
@@ -111,8 +112,9 @@ def test_the_whole_path_runs_against_vllm(address):
     report = judge.report()
     assert not report.missing and not report.retries
     # The check; one extraction of the units that both records share; four questions a caption. The image costs tokens.
-    assert report.requests == 1 + 1 + 4 * 4
-    assert report.prompt_tokens > 18 * 100 and report.completion_tokens > 18 * 5
+    assert report.requests == 5 + 1 + 4 * 4
+    assert report.prompt_tokens > 22 * 100 and report.completion_tokens >= 22
+    assert report.cached_tokens > 16 * 50, "instructions, and the image before what differs, are in the prefix cache"
     judge.close()
 
     stranger = make_judge(address, model="another", max_retries=0)

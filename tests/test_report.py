@@ -118,7 +118,7 @@ def test_one_self_contained_page(report):
 def test_captions_are_coloured_as_judged(report):
     dataset = ScenesDataset(10, 0, "eval")
     page = Page(report(lambda record: flawed_caption(record.scene, 0)))
-    legend, shown = page.marks[:3], page.marks[3:]
+    legend, shown = page.marks[:4], page.marks[4:]
     assert {name for name, _ in legend} == {verdict.value for verdict in Verdict}
     expected = []
     for index in range(8):
@@ -161,7 +161,7 @@ def test_spans_cover_any_caption(caption, places):
     shown = [span.verdict for span in cut for _ in span.text]
     for place, verdict in enumerate(shown):
         verdicts = {v for a, b, v in places if a <= place < b}
-        order = (Verdict.WRONG, Verdict.NOT_POINTABLE, Verdict.VERIFIED)
+        order = (Verdict.WRONG, Verdict.NOT_POINTABLE, Verdict.UNCHECKED, Verdict.VERIFIED)
         assert verdict == next((v for v in order if v in verdicts), None)
 
 

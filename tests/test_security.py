@@ -29,8 +29,8 @@ from balcap_mega.errors import UserError
 from balcap_mega.evaluation import caparena, dcscore
 from balcap_mega.evaluation.pictures import Pictures
 from balcap_mega.models.processing import PromptProcessor
-from balcap_mega.rewards.mllm.client import MOST_REPLY_BYTES
 from balcap_mega.rewards.mllm.judge import MllmJudge
+from balcap_mega.rewards.mllm.transport import MOST_REPLY_BYTES
 from tests.support.judge_server import JudgeServer, RuleJudge
 from tests.test_data_files import encoded, rows, write_image
 from tests.test_judge_mllm import CAPTION, endpoint, judged, make_record

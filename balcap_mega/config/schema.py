@@ -8,10 +8,10 @@ The mark on a section stands for every key in it.
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -191,35 +191,72 @@ class AlgorithmConfig(Section):
         return self
 
 
+JudgeQuestion = Literal["split", "verify", "units", "cover", "language"]
+QUESTIONS_OF = {"precision": ("split", "verify"), "recall": ("units", "cover"), "linguistic": ("language",)}
+
+
+class DialectConfig(Section):
+    """How an endpoint's server differs from the chat completions that OpenAI documents.
+
+    token_limit:     what the limit of a reply is called
+    temperature:     whether temperature and top_p may be sent; some models take no other than their own
+    seed:            whether a seed may be sent
+    replies:         how JSON is asked for; `none` leaves it to the prompt
+    patterns:        whether a JSON schema may hold regular expressions
+    thinking_tokens: added to the limit of every reply, for a judge that thinks before it answers
+    extra_body:      sent as it stands, such as {chat_template_kwargs: {enable_thinking: false}}; never a key
+    """
+
+    token_limit: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
+    temperature: bool = True
+    seed: bool = True
+    replies: Literal["json_schema", "json_object", "none"] = "json_schema"
+    patterns: bool = True
+    thinking_tokens: Annotated[int, Field(ge=0)] = 0
+    extra_body: dict[str, JsonValue] = {}
+
+    @field_validator("extra_body")
+    @classmethod
+    def beside_the_question(cls, body: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if taken := sorted({"model", "messages", "response_format", "n", "stream"} & set(body)):
+            raise ValueError(f"{', '.join(taken)} belong to the question; leave them out of extra_body")
+        return body
+
+
 class JudgeEndpoint(Section):
     """An OpenAI-compatible endpoint. The key is read from the environment variable `api_key_env`, never from here.
 
+    base_url:    its address, or a list of them: each serves the same model, and an image's requests go to one of them
+    concurrency: requests that an address gets at once from the whole job, at most; fewer while it labours
     What stands here is shown in logs and reports, so an address with credentials in it is refused.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    base_url: str
+    base_url: str | tuple[str, ...]
     model: str
     api_key_env: str | None = None
     concurrency: Positive = 64
     timeout_seconds: Positive = 120
     max_retries: Annotated[int, Field(ge=0)] = 4
+    dialect: DialectConfig = DialectConfig()
 
-    @field_validator("base_url")
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+
+    @field_validator("base_url", mode="before")
     @classmethod
-    def plain_address(cls, base_url: str) -> str:
-        try:
-            address = urlsplit(base_url)
-            plain = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0
-        except ValueError:
-            plain = False
-        if not plain or set(base_url) & set("@?#\\ ") or not base_url.isprintable():
+    def plain_addresses(cls, base_url: Any) -> Any:
+        addresses = base_url if isinstance(base_url, list | tuple) else [base_url]
+        if not addresses or len(set(map(str, addresses))) < len(addresses):
+            raise ValueError("it names no address, or one twice; give each server once")
+        if not all(isinstance(address, str) and _is_plain_address(address) for address in addresses):
             raise ValueError(
                 "it is no plain http(s) address; write it as https://host:port/v1, a key never within it but in the "
                 "environment variable that api_key_env names"
             )
-        return base_url
+        return base_url if isinstance(base_url, str) else tuple(base_url)
 
     @field_validator("api_key_env")
     @classmethod
@@ -229,14 +266,47 @@ class JudgeEndpoint(Section):
         return name
 
 
+def _is_plain_address(base_url: str) -> bool:
+    try:
+        address = urlsplit(base_url)
+        plain = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0
+    except ValueError:
+        return False
+    return plain and not set(base_url) & set("@?#\\ ,") and base_url.isprintable()
+
+
 class RewardConfig(Section):
-    """Who judges: the rules of `scenes`, or a multimodal LLM, with another endpoint for a component if wanted."""
+    """Who judges: the rules of `scenes`, or a multimodal LLM at `endpoint`.
+
+    A component's questions may go to another endpoint, and so may each question: only `verify` sees the picture, the
+    others can go to a small text model.
+    """
 
     judge: Literal["scenes", "mllm"] = "scenes"
     endpoint: Annotated[JudgeEndpoint | None, MAY_CHANGE] = None
     component_endpoints: Annotated[dict[Literal["precision", "recall", "linguistic"], JudgeEndpoint], MAY_CHANGE] = {}
+    question_endpoints: Annotated[dict[JudgeQuestion, JudgeEndpoint], MAY_CHANGE] = {}
     cache_dir: Annotated[str | None, MAY_CHANGE] = None
     max_missing_fraction: Fraction = 0.2
+
+    def endpoints(self) -> dict[str, JudgeEndpoint]:
+        """Whom each question goes to, by the question's name; empty where no LLM judges."""
+        if self.endpoint is None:
+            return {}
+        return {
+            question: self.question_endpoints.get(question, self.component_endpoints.get(component, self.endpoint))
+            for component, questions in QUESTIONS_OF.items()
+            for question in questions
+        }
+
+    def endpoint_key(self, question: str) -> str:
+        """The key under which that question's endpoint stands."""
+        if question in self.question_endpoints:
+            return f"rewards.question_endpoints.{question}"
+        component = next(name for name, questions in QUESTIONS_OF.items() if question in questions)
+        if component in self.component_endpoints:
+            return f"rewards.component_endpoints.{component}"
+        return "rewards.endpoint"
 
     @model_validator(mode="after")
     def mllm_needs_endpoint(self):

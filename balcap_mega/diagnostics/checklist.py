@@ -126,8 +126,8 @@ def check_run(config: RunConfig, platform: Platform, job: Job, read: list[inputs
     yield host.check_disk(Path(config.output_dir), needs)
     records: list[CaptionRecord] = []
     yield inputs.check_data(config, records, read)
-    for endpoint in inputs.endpoints(config):
-        yield inputs.check_judge(config, endpoint, records[:1])
+    if config.rewards.endpoint is not None:
+        yield inputs.check_judge(config, records)
 
 
 def exchange(own: list[Finding], read: list[inputs.NodeInputs], job: Job) -> Iterator[Finding]:

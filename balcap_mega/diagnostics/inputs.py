@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from balcap_mega.config.preflight import check_batch, check_device, check_model, check_output
 from balcap_mega.config.preflight import check_data as check_data_files
-from balcap_mega.config.schema import JudgeEndpoint, RunConfig
+from balcap_mega.config.schema import JudgeEndpoint, RewardConfig, RunConfig
 from balcap_mega.data.inputs import RunInputs, missing_on_one, refuse_too_few
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import build_datasets
@@ -20,11 +20,13 @@ from balcap_mega.models.huggingface.files import check_checkpoint as check_tenso
 from balcap_mega.models.huggingface.fingerprint import checkpoint_digest
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.parallel.host import node_name
-from balcap_mega.rewards.mllm.judge import MllmJudge
+from balcap_mega.rewards.mllm.judge import QUESTIONS, MllmJudge
+from balcap_mega.rewards.mllm.measure import measure
 
 RECORDS = 8  # decoded for a look
 MOST_ABSENT = 10_000  # images that are told to the first node
 JUDGE_SECONDS = 30  # a reply may take, here
+JUDGED_EACH = 2  # captions of each record
 
 
 @check("config")
@@ -83,31 +85,46 @@ def compare_inputs(read: Sequence[NodeInputs]) -> Finding:
     return ok(f"rows, images and checkpoint are the same on {len(read)} nodes")
 
 
-def endpoints(config: RunConfig) -> list[JudgeEndpoint]:
-    rewards = config.rewards
-    return list(dict.fromkeys([rewards.endpoint, *rewards.component_endpoints.values()])) if rewards.endpoint else []
-
-
 @check("judge")
-def check_judge(config: RunConfig, endpoint: JudgeEndpoint, records: list[CaptionRecord]) -> Finding:
-    """One small question, for the latency; then whole judgements of the records' own references, images included."""
-    patient = {"timeout_seconds": min(JUDGE_SECONDS, endpoint.timeout_seconds), "max_retries": 0}
-    asked = {"endpoint": endpoint.model_copy(update=patient), "component_endpoints": {}, "cache_dir": None}
-    judge = MllmJudge(config.rewards.model_copy(update=asked))
+def check_judge(config: RunConfig, records: list[CaptionRecord]) -> Finding:
+    """A small question of each kind, for the latency; then whole judgements of the run's own pictures, for the rate."""
+    judge = MllmJudge(hurried_judge(config.rewards), sharers=1)
     try:
         start = time.monotonic()
         judge.check()
-        latency = time.monotonic() - start
-        judgements = [judge.submit(record, record.reference) for record in records]
-        for judgement in (future.result(timeout=4 * JUDGE_SECONDS) for future in judgements):
-            if None in (judgement.assertions, judgement.covered, judgement.clarity):
-                why = ", ".join(judge.report().failures)
-                remedy = "serve a model that takes images, gives JSON-schema output, and has the context for both"
-                return fail(f"{endpoint.model} answers text in {latency:.2f} s but judges no image ({why})", remedy)
-        whole = time.monotonic() - start - latency
-        return ok(f"{endpoint.model} answers in {latency:.2f} s, judges a caption of an image in {whole:.2f} s")
+        latency = (time.monotonic() - start) / len(QUESTIONS)
+        if not records:
+            return warn(f"{config.rewards.endpoint.model} answers in {latency:.2f} s; no image to judge", "see data")
+        rate = measure(judge, records, JUDGED_EACH, timeout_seconds=4 * JUDGE_SECONDS)
     finally:
         judge.close()
+    if rate.complete < rate.captions:
+        why = ", ".join(f"{reason} x{count}" for reason, count in rate.failures.items())
+        remedy = "serve a model that takes images, gives JSON-schema output, and has the context for both"
+        left = rate.captions - rate.complete
+        return fail(f"{rate.model} answers text in {latency:.2f} s but judges {left} captions in part ({why})", remedy)
+    return ok(
+        f"{rate.model} answers in {latency:.2f} s, and judges {rate.captions_per_second:.2f} captions a second of "
+        f"this run's images, {rate.captions} at once"
+    )
+
+
+def hurried_judge(rewards: RewardConfig) -> RewardConfig:
+    """The same judge, asked once and not for long, and nothing remembered."""
+
+    def hurried(endpoint: JudgeEndpoint) -> JudgeEndpoint:
+        seconds = min(JUDGE_SECONDS, endpoint.timeout_seconds)
+        return endpoint.model_copy(update={"timeout_seconds": seconds, "max_retries": 0})
+
+    changed = {
+        "endpoint": hurried(rewards.endpoint),
+        "cache_dir": None,
+        **{
+            name: {key: hurried(endpoint) for key, endpoint in getattr(rewards, name).items()}
+            for name in ("component_endpoints", "question_endpoints")
+        },
+    }
+    return rewards.model_copy(update=changed)
 
 
 @check("checkpoint")

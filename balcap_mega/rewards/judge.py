@@ -17,11 +17,12 @@ class Verdict(StrEnum):
     VERIFIED = "verified"  # true of the image and pointable
     WRONG = "wrong"  # contradicted by the image
     NOT_POINTABLE = "not_pointable"  # points at nothing visible, true or not
+    UNCHECKED = "unchecked"  # one of more assertions than a judge can check: it earns nothing
 
 
 @dataclass(frozen=True)
 class Assertion:
-    """One atomic claim; `caption[start:stop]` is the text that makes it."""
+    """One atomic claim; `caption[start:stop]` is the text that makes it, empty where nobody asked which that is."""
 
     text: str
     start: int
@@ -68,8 +69,11 @@ def b_capscore(precision: float, recall: float, linguistic: float) -> float:
 
 
 class Judge(Protocol):
-    """Judges captions one by one, as they finish; a future that never raises for a failed reply (see `Judgement`)."""
+    """Judges captions one by one, as they finish; a future that never raises for a failed reply (see `Judgement`).
 
-    def submit(self, record: CaptionRecord, caption: str) -> Future[Judgement]: ...
+    quotes: whether the places of the assertions in the caption will be shown, if a judge has to be asked for them
+    """
+
+    def submit(self, record: CaptionRecord, caption: str, *, quotes: bool = False) -> Future[Judgement]: ...
 
     def close(self) -> None: ...

@@ -57,7 +57,7 @@ def build_trainer(
         dataset=dataset,
         sampler=RecordSampler(len(dataset), config.seed, config.rollout.prompts_per_step),
         length=count_words if config.algorithm.gate.unit == "words" else processor.count_tokens,
-        judge=build_judge(config.rewards),
+        judge=build_judge(config.rewards, sharers=Replica.current(config.rollout.tensor_parallel).count),
         engine=engine,
         replica=Replica.current(config.rollout.tensor_parallel),
         batches=batch_builder(processor, config, grid, learner.architecture),

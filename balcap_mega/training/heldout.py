@@ -1,7 +1,7 @@
 """Held-out evaluation: one greedy caption an image, judged, before and after reinforcement learning."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -79,12 +79,13 @@ def evaluate_held_out(
     length: Callable[[str], float],
     timeout_seconds: float,
     max_missing_fraction: float,
+    quotes: Container[int] = (),
 ) -> HeldOutResult:
     """Caption the records greedily and judge each caption. A collective: the engines share the records out.
 
     What goes wrong on one rank is raised on all of them. Raises TooManyMissing by the rule that steps have too.
     """
-    judging = Judging(judge if replica.is_leader else None, records, length, timeout_seconds)
+    judging = Judging(judge if replica.is_leader else None, records, length, timeout_seconds, quotes)
     with failing_together(engine.device):
         mine = [
             HeldOutCaption(group.seen.index, group.rollouts[0].text, judged.judgement, judged.score)

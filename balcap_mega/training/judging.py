@@ -1,6 +1,6 @@
 """Judging that runs while generation does: a caption goes to the judge the moment it is finished."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -23,8 +23,13 @@ class JudgedCaption:
 
 def patience(config: RewardConfig) -> float:
     """Seconds after which a judgement can no longer come: two questions in a row, each tried as often as it may be."""
-    endpoints = [endpoint for endpoint in (config.endpoint, *config.component_endpoints.values()) if endpoint]
-    longest = max((endpoint.timeout_seconds * (endpoint.max_retries + 1) for endpoint in endpoints), default=0)
+    longest = max(
+        (
+            endpoint.timeout_seconds * (endpoint.max_retries + 1) * len(endpoint.addresses)
+            for endpoint in config.endpoints().values()
+        ),
+        default=0,
+    )
     return 2 * longest + 60.0
 
 
@@ -35,6 +40,7 @@ class Judging:
     records: by place
     length:  of a text, in the unit of the length gate
     timeout_seconds: the longest wait for one judgement after generation has ended
+    quotes:  the places for which a report will show where in a caption its assertions stand
     """
 
     def __init__(
@@ -43,7 +49,9 @@ class Judging:
         records: Sequence[CaptionRecord],
         length: Callable[[str], float],
         timeout_seconds: float,
+        quotes: Container[int] = (),
     ):
+        self.quotes = quotes
         self.judge, self.records, self.length, self.timeout_seconds = judge, records, length, timeout_seconds
         self._futures: dict[tuple[int, int], Future[Judgement]] = {}
 
@@ -51,7 +59,8 @@ class Judging:
         """Send one finished caption to the judge; returns at once."""
         progress.mark()
         if self.judge is not None:
-            self._futures[place, number] = self.judge.submit(self.records[place], rollout.text)
+            record = self.records[place]
+            self._futures[place, number] = self.judge.submit(record, rollout.text, quotes=place in self.quotes)
 
     def scored(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, list[JudgedCaption]]]:
         """Wait for the judgements of these groups and put them beside their captions."""

@@ -27,7 +27,7 @@ from balcap_mega.training.inputs import agreed_inputs, write_inputs
 from balcap_mega.training.learner import UpdateResult
 from balcap_mega.training.observe.console import Console
 from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read_metrics
-from balcap_mega.training.observe.report import write_report
+from balcap_mega.training.observe.report import SAMPLES, write_report
 from balcap_mega.training.trainer import Trainer
 
 
@@ -121,7 +121,7 @@ def evaluation_before(trainer: Trainer, first_step: int, eval_set: CaptionDatase
     """The held-out evaluation before the first step, which a run that goes on reads."""
     if first_step > 0:
         return read_result(folder.before)
-    before = trainer.evaluate(eval_set)
+    before = trainer.evaluate(eval_set, quotes=range(SAMPLES))
     if torch.distributed.get_rank() == 0:
         write_result(folder.before, before)
     return before
@@ -173,7 +173,7 @@ def evaluation_between(trainer: Trainer, steps: int, eval_set: CaptionDataset, c
 def evaluation_after(trainer: Trainer, eval_set: CaptionDataset, folder: RunFolder) -> HeldOutResult:
     """The held-out evaluation of a policy that is exported already. An error says that it is."""
     try:
-        return trainer.evaluate(eval_set)
+        return trainer.evaluate(eval_set, quotes=range(SAMPLES))
     except Exception as error:
         error.add_note(f"the trained policy is in {folder.policy}; the same command again evaluates it")
         raise

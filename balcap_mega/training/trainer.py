@@ -1,6 +1,6 @@
 """One step of BalCapRL: data, rollout, rewards, advantages, packing, policy update, resharding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -112,8 +112,11 @@ class Trainer:
         optimizer = self.config.optimizer
         return optimizer.learning_rate * min(1.0, (number + 1) / max(optimizer.warmup_steps, 1))
 
-    def evaluate(self, dataset: CaptionDataset) -> HeldOutResult:
-        """Caption and judge a whole dataset, greedily. A collective; it fails on all ranks alike."""
+    def evaluate(self, dataset: CaptionDataset, quotes: Container[int] = ()) -> HeldOutResult:
+        """Caption and judge a whole dataset, greedily. A collective; it fails on all ranks alike.
+
+        quotes: the records for which a report will show where in a caption its assertions stand
+        """
         with progress.phase("evaluation"):
             return evaluate_held_out(
                 self.engine,
@@ -123,6 +126,7 @@ class Trainer:
                 self.length,
                 patience(self.config.rewards),
                 self.config.rewards.max_missing_fraction,
+                quotes,
             )
 
     def refuse(self, findings: Sequence[Finding], steps: int) -> None:

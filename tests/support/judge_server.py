@@ -27,6 +27,13 @@ from tests.support import benchmark_judge
 INTERPRETATION = re.compile(r"\b(mood|depth|inviting|cosy|lively)\b", re.IGNORECASE)
 
 
+NAMES = {
+    frozenset({"statements"}): "verify",
+    frozenset({"facts", "caption"}): "cover",
+    frozenset({"reference"}): "units",
+}
+
+
 @dataclass
 class Fault:
     """One bad reply: an HTTP status, a raw body, message fields that replace the good ones, or a stall in seconds."""
@@ -51,26 +58,35 @@ class RuleJudge:
         return getattr(self, name)(data)
 
     def split(self, data):
+        return {"assertions": _sentences(data["caption"])}
+
+    def split_quotes(self, data):
         return {"assertions": [{"text": s, "quote": s} for s in _sentences(data["caption"])]}
 
     def verify(self, data):
-        return {
-            number: {"pointable": not INTERPRETATION.search(text), "correct": _plain(text) in self.truths}
-            for number, text in data["statements"].items()
-        }
+        return numbered({number: self._letter(text) for number, text in data["statements"].items()})
+
+    def _letter(self, statement: str) -> str:
+        pointable, correct = not INTERPRETATION.search(statement), _plain(statement) in self.truths
+        return ("R" if correct else "W") if pointable else ("V" if correct else "X")
 
     def units(self, data):
         return {"units": _sentences(data["reference"])}
 
     def cover(self, data):
         said = {_plain(sentence) for sentence in _sentences(data["caption"])}
-        return {number: {"covered": _plain(fact) in said} for number, fact in data["facts"].items()}
+        return numbered({number: "Y" if _plain(fact) in said else "N" for number, fact in data["facts"].items()})
 
     def plain(self, body):
         return benchmark_judge.answer(body, self.truths)
 
     def language(self, data):
         return {"clarity": 10, "fluency": 8, "coherency": 9}
+
+
+def numbered(letters: dict[str, str]) -> dict[str, str]:
+    """Verdicts as the protocol writes them: {"1": "R", "2": "W"} is "1R2W"."""
+    return {"verdicts": "".join(f"{number}{letter}" for number, letter in letters.items())}
 
 
 def _plain(sentence: str) -> str:
@@ -106,6 +122,11 @@ class JudgeServer:
         return self
 
     def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        if self._loop.is_closed():
+            return
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -125,7 +146,7 @@ class JudgeServer:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        name = body["response_format"]["json_schema"]["name"] if "response_format" in body else "plain"
+        name = question_name(body)
         self.requests.append((name, body))
         self.headers.append(dict(request.headers))
         self._at_once += 1
@@ -164,6 +185,20 @@ class JudgeServer:
         if name == "plain":
             return self.answer(name, body)
         return json.dumps(self.answer(name, user_data(body)))
+
+
+def question_name(body: dict) -> str:
+    """Of the judge's own questions, by their schema, or by their data where a dialect has none; else "plain"."""
+    form = body.get("response_format", {})
+    if "json_schema" in form:
+        return form["json_schema"]["name"]
+    try:
+        keys = frozenset(user_data(body))
+    except (ValueError, TypeError, AttributeError):
+        return "plain"
+    if keys == {"caption"}:
+        return "split" if "atomic assertions" in body["messages"][0]["content"] else "language"
+    return NAMES.get(keys, "plain")
 
 
 def user_data(body: dict) -> dict:

@@ -2,6 +2,7 @@
 
 import socket
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 from balcap_mega.errors import UserError
@@ -27,9 +28,11 @@ class ReplyCache:
         except (OSError, sqlite3.DatabaseError) as error:
             raise self._unusable(error) from error
 
-    def get(self, digest: str) -> bytes | None:
-        row = self._execute("SELECT reply FROM replies WHERE digest = ?", digest).fetchone()
-        return None if row is None else row[0]
+    def get(self, digests: Sequence[str]) -> bytes | None:
+        """The reply kept under the first of these digests that has one."""
+        marks = ", ".join("?" * len(digests))
+        found = dict(self._execute(f"SELECT digest, reply FROM replies WHERE digest IN ({marks})", *digests).fetchall())
+        return next((found[digest.encode()] for digest in digests if digest.encode() in found), None)
 
     def put(self, digest: str, reply: str) -> None:
         self._execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", digest, reply)

@@ -1,101 +1,117 @@
 """A chat client for OpenAI-compatible endpoints: bounded concurrency, retries, and a name for every failure."""
 
-import asyncio
 import hashlib
 import json
 import logging
-import math
-import os
-import re
+import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from ipaddress import ip_address
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-import aiohttp
 from pydantic import ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from balcap_mega.config.schema import JudgeEndpoint
-from balcap_mega.errors import UserError
+from balcap_mega.rewards.mllm.addresses import Address, Addresses
 from balcap_mega.rewards.mllm.cache import ReplyCache
+from balcap_mega.rewards.mllm.dialect import as_sent
 from balcap_mega.rewards.mllm.failures import AttemptFailed, RequestFailed, Unusable
+from balcap_mega.rewards.mllm.pressure import Dismissed
 from balcap_mega.rewards.mllm.replies import Completion
+from balcap_mega.rewards.mllm.transport import Transport
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 60.0
-MOST_REPLY_BYTES = 2**23  # a hundred times what any question here is answered with, unpacked
-REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)  # of the server's own, what goes into logs
 # Greedy decoding would repeat an unusable reply; the next attempts sample, each with its own fixed seed.
 SECOND_OPINION_TEMPERATURE = 0.3
+TOO_MUCH = ("timeout", "http_429", "http_503")  # an address that is asked too much says so
+LEFT_OUT = "left_out"  # while this request stood in line for the address
+BROKEN = ("timeout", "connection", "http_500", "http_502", "http_503", "http_504", LEFT_OUT)  # another may do better
 
 
 @dataclass
 class ClientCounters:
-    """What a client has spent and met so far. `failures` counts requests given up, by their last reason."""
+    """What a client has spent and met so far. `failures` counts requests given up, by their last reason.
+
+    prompt_tokens:  read by the judge; of these `cached_tokens` stood in its prefix cache, where the server says so
+    waited_seconds: that requests stood in line for a place, summed over requests
+    moved:          requests that one address failed and another was asked
+    """
 
     requests: int = 0
     cache_hits: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
+    waited_seconds: float = 0.0
+    moved: int = 0
     retries: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "ClientCounters") -> None:
+        for name in (each.name for each in fields(ClientCounters)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class ChatClient:
     """Asks one endpoint. Create it anywhere, use it on one event loop, and `await close()` it there.
 
     backoff_seconds: mean of the first back-off; it doubles with each attempt, with full jitter, up to a minute.
-    Certificates of https endpoints are verified; a key that would go over plain http to another host is warned about.
+    sharers:         clients that ask this endpoint for one job: each takes its share of `concurrency`
     Raises UserError for a key variable that is not set.
     """
 
-    def __init__(self, endpoint: JudgeEndpoint, cache: ReplyCache | None = None, backoff_seconds: float = 0.5):
-        self._headers = {"Content-Type": "application/json"}
-        self._key = ""
-        if endpoint.api_key_env is not None:
-            if not os.environ.get(endpoint.api_key_env):
-                raise UserError(
-                    f"endpoint.api_key_env names {endpoint.api_key_env}, which is not set",
-                    remedy=f"export {endpoint.api_key_env}=... before starting",
-                )
-            self._key = os.environ[endpoint.api_key_env]
-            if not (self._key.isascii() and self._key.isprintable()):
-                raise UserError(
-                    f"the key in {endpoint.api_key_env} holds characters that no key has",
-                    remedy="export it anew, without line breaks",
-                )
-            self._headers["Authorization"] = f"Bearer {self._key}"
-            address = urlsplit(endpoint.base_url)
-            if address.scheme == "http" and not _is_loopback(address.hostname):
-                log.warning("the key in %s goes to %s unencrypted; use https", endpoint.api_key_env, address.hostname)
+    def __init__(
+        self,
+        endpoint: JudgeEndpoint,
+        cache: ReplyCache | None = None,
+        backoff_seconds: float = 0.5,
+        sharers: int = 1,
+    ):
         self.endpoint = endpoint
         self.counters = ClientCounters()
-        self._url = endpoint.base_url.rstrip("/") + "/chat/completions"
+        share = max(endpoint.concurrency // sharers, 1)
+        self._transport = Transport(endpoint)
+        self._addresses = Addresses(endpoint.addresses, share, self._transport.answers)
         self._cache = cache
-        self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._backoff = wait_random_exponential(multiplier=2 * backoff_seconds, max=LONGEST_WAIT_SECONDS)
-        self._session: aiohttp.ClientSession | None = None  # belongs to the event loop that first asks
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be under way at this moment, over all sound addresses."""
+        return sum(int(address.limit.limit) for address in self._addresses.all if address.sound)
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._addresses.close()
+        await self._transport.close()
 
-    async def ask(self, body: dict[str, Any], accept: Callable[[Completion], T], *, use_cache: bool = True) -> T:
+    async def ask(
+        self,
+        body: dict[str, Any],
+        accept: Callable[[Completion], T],
+        *,
+        use_cache: bool = True,
+        about: str = "",
+        kind: str = "",
+    ) -> T:
         """POST `body` (the model's name is added) and return `accept(completion)`.
 
+        body:  as OpenAI documents chat completions; the endpoint's dialect is applied here
+        about: what requests with a common beginning share, such as an image: they go to one address
+        kind:  of question; how long its answers take is compared with others of its kind
         `accept` raises `Unusable` to have the request tried again. Raises RequestFailed after the last attempt, or at
         once where trying again cannot help (a key or a model that the endpoint does not know).
         """
-        body = {"model": self.endpoint.model, **body}
-        encoded = json.dumps(body).encode()
-        digest = hashlib.sha256(encoded).hexdigest()
+        sent = as_sent(body, self.endpoint.model, self.endpoint.dialect)
+        encoded = json.dumps(sent).encode()
+        content = hashlib.sha256(encoded).hexdigest()
+        key = about or content
         cache = self._cache if use_cache else None
-        if cache is not None and (kept := cache.get(digest)) is not None:
+        places = [_cache_key(address.url, content) for address in self._addresses.order(key)]
+        if cache is not None and (kept := cache.get(places)) is not None:
             try:
                 accepted = accept(Completion.model_validate_json(kept))
             except (ValidationError, Unusable):
@@ -118,91 +134,71 @@ class ChatClient:
                     number = len(failed)
                     if greedy and failed and isinstance(failed[-1], Unusable):
                         body = {**body, "temperature": SECOND_OPINION_TEMPERATURE, "seed": number}
-                        encoded = json.dumps(body).encode()
-                    request_id = f"{digest[:16]}-{number}"
+                        encoded = json.dumps(as_sent(body, self.endpoint.model, self.endpoint.dialect)).encode()
+                    request_id = f"{content[:16]}-{number}"
                     try:
-                        completion, request_id = await self._post(encoded, request_id)
+                        completion, request_id, url = await self._post_somewhere(encoded, request_id, key, kind)
                         accepted = accept(completion)
                     except AttemptFailed as error:
                         error.request_id = error.request_id or request_id
                         failed.append(error)
                         raise
             if cache is not None:
-                cache.put(digest, completion.model_dump_json())
+                cache.put(_cache_key(url, content), completion.model_dump_json())
             return accepted
         except AttemptFailed as error:
             self.counters.failures[error.reason] += 1
-            raise RequestFailed([e.reason for e in failed], [e.request_id for e in failed]) from error
+            reasons, ids = [e.reason for e in failed], [e.request_id for e in failed]
+            raise RequestFailed(reasons, ids, error.said) from error
 
     def _wait(self, state: RetryCallState) -> float:
         hint = state.outcome.exception().retry_after
         return max(self._backoff(state), min(hint, LONGEST_WAIT_SECONDS))
 
-    async def _post(self, body: bytes, request_id: str) -> tuple[Completion, str]:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self.endpoint.concurrency),
-                timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout_seconds),
-                headers=self._headers,
-                trust_env=True,
-            )
+    async def _post_somewhere(self, body: bytes, request_id: str, key: str, kind: str) -> tuple[Completion, str, str]:
+        """The completion, its request id and the address that gave it: the first that does not break down."""
+        order = self._addresses.order(key)
+        for address in order:
+            try:
+                return *await self._post(address, body, request_id, kind), address.url
+            except AttemptFailed as error:
+                if error.reason not in BROKEN:
+                    self._addresses.worked(address)  # it is there, whatever it thinks of this request
+                    raise
+                if error.reason != LEFT_OUT:
+                    self._addresses.failed(address)
+                if address is order[-1]:
+                    raise
+                self.counters.moved += 1
+        raise AssertionError("an endpoint has an address")
+
+    async def _post(self, address: Address, body: bytes, request_id: str, kind: str) -> tuple[Completion, str]:
+        """One request at one address, once there is a place for it."""
+        asked = time.monotonic()
         try:
-            async with self._slots:
-                self.counters.requests += 1
-                async with self._session.post(
-                    self._url, data=body, headers={"X-Request-Id": request_id}, allow_redirects=False
-                ) as response:
-                    content = await _read(response.content)
-        except TimeoutError:
-            raise AttemptFailed("timeout") from None
-        except aiohttp.ClientSSLError:
-            raise AttemptFailed("tls", retry=False) from None
-        except aiohttp.ClientError:
-            raise AttemptFailed("connection") from None
-        given = response.headers.get("x-request-id", "")
-        if REQUEST_ID.fullmatch(given) and not (self._key and self._key in given):  # some echo what they were sent
-            request_id = given
-        status = response.status
-        if status != 200:
-            raise AttemptFailed(
-                f"http_{status}",
-                retry=status in (408, 409, 425, 429) or status >= 500,
-                request_id=request_id,
-                retry_after=_seconds(response.headers.get("retry-after")),
-            )
-        if content is None:
-            raise AttemptFailed("too_long", request_id=request_id)
+            turn = await address.limit.begin()
+        except Dismissed:
+            raise AttemptFailed(LEFT_OUT) from None
+        start = time.monotonic()
+        self.counters.waited_seconds += start - asked
+        seconds, refused = None, False
+        self.counters.requests += 1
         try:
-            completion = Completion.model_validate_json(content)
-        except ValidationError:
-            raise AttemptFailed("invalid_response", request_id=request_id) from None
-        if completion.usage is not None:
-            self.counters.prompt_tokens += completion.usage.prompt_tokens
-            self.counters.completion_tokens += completion.usage.completion_tokens
+            completion, request_id = await self._transport.post(address.url, body, request_id)
+            seconds = time.monotonic() - start
+        except AttemptFailed as error:
+            refused = error.reason in TOO_MUCH
+            raise
+        finally:
+            address.limit.end(turn, kind, seconds, refused=refused)
+        self._addresses.worked(address)
+        if (usage := completion.usage) is not None:
+            self.counters.prompt_tokens += usage.prompt_tokens
+            self.counters.cached_tokens += usage.cached_tokens
+            self.counters.completion_tokens += usage.completion_tokens
         return completion, request_id
 
 
-async def _read(stream: aiohttp.StreamReader) -> bytes | None:
-    """The whole body, unpacked; None for more than MOST_REPLY_BYTES, which are never held."""
-    content = bytearray()
-    async for chunk in stream.iter_any():
-        content += chunk
-        if len(content) > MOST_REPLY_BYTES:
-            return None
-    return bytes(content)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _seconds(header: str | None) -> float:
-    """Retry-After as seconds; its other form, a date, and what is no number are read as no hint."""
-    try:
-        seconds = float(header or 0)
-    except ValueError:
-        return 0.0
-    return seconds if math.isfinite(seconds) else 0.0
+def _cache_key(url: str, content: str) -> str:
+    """Of a reply: who gave it, and to what; `content` is the digest of the whole request in its endpoint's dialect."""
+    return hashlib.sha256(f"{url} {content}".encode()).hexdigest()

@@ -9,19 +9,22 @@ import asyncio
 import logging
 import re
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from balcap_mega.config.schema import JudgeEndpoint, RewardConfig
+from PIL import Image
+
+from balcap_mega.config.schema import QUESTIONS_OF, JudgeQuestion, RewardConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
-from balcap_mega.rewards.judge import COMPONENTS, Assertion, Judgement, Verdict
+from balcap_mega.rewards.judge import Assertion, Judgement, Verdict
 from balcap_mega.rewards.mllm import questions
 from balcap_mega.rewards.mllm.background import BackgroundLoop, SharedWork
 from balcap_mega.rewards.mllm.cache import ReplyCache
 from balcap_mega.rewards.mllm.client import ChatClient, ClientCounters
+from balcap_mega.rewards.mllm.dialect import remedy_for
 from balcap_mega.rewards.mllm.failures import RequestFailed
 
 T = TypeVar("T")
@@ -29,84 +32,93 @@ log = logging.getLogger(__name__)
 
 # Groups whose encoded image and reference units are kept at hand: more than are judged at once.
 GROUPS_AT_HAND = 256
+QUESTIONS = tuple(question for asked in QUESTIONS_OF.values() for question in asked)
 
 
-@dataclass(frozen=True)
-class JudgeReport:
-    """Totals since the judge was made. `missing` counts captions by component, `failures` requests by reason."""
+@dataclass
+class JudgeReport(ClientCounters):
+    """Totals since the judge was made, over all endpoints; `failures` counts requests given up, by reason.
 
-    captions: int
-    requests: int
-    cache_hits: int
-    prompt_tokens: int
-    completion_tokens: int
-    retries: dict[str, int]
-    failures: dict[str, int]
-    missing: dict[str, int]
+    captions: submitted; `missing` counts those without a component, by component
+    limit:    requests that may be under way at this moment
+    """
+
+    captions: int = 0
+    limit: int = 0
+    missing: Counter[str] = field(default_factory=Counter)
 
 
 class MllmJudge:
     """Judges captions with the endpoints of a `RewardConfig`; see `balcap_mega.rewards.judge.Judge`.
 
-    Requests of all captions run at the same time, at most `concurrency` an endpoint, on a thread of their own: submit
-    a caption the moment it is finished. A component whose requests fail is None in the Judgement, counted in
-    `report()` and logged with the request ids.
+    Requests of all captions run at the same time, as many as `concurrency` and the endpoint allow, on a thread of their
+    own: submit a caption the moment it is finished. A component whose requests fail is None in the Judgement, counted
+    in `report()` and logged with the request ids.
+
+    sharers: judges that ask the same endpoints for one job, each with its share of their concurrency
     """
 
-    def __init__(self, config: RewardConfig, *, backoff_seconds: float = 0.5):
+    def __init__(self, config: RewardConfig, *, backoff_seconds: float = 0.5, sharers: int = 1):
         if config.endpoint is None:
             raise UserError("rewards.endpoint is not set", remedy="give its base_url and model")
         self._cache = ReplyCache(config.cache_dir) if config.cache_dir else None
-        clients: dict[JudgeEndpoint, ChatClient] = {}
+        self._clients: list[ChatClient] = []
         self._client: dict[str, ChatClient] = {}
-        for component in COMPONENTS:
-            endpoint = config.component_endpoints.get(component, config.endpoint)
-            if endpoint not in clients:
-                clients[endpoint] = ChatClient(endpoint, self._cache, backoff_seconds)
-            self._client[component] = clients[endpoint]
-        self._clients = list(clients.values())
+        for question, endpoint in config.endpoints().items():
+            client = next((client for client in self._clients if client.endpoint == endpoint), None)
+            if client is None:
+                client = ChatClient(endpoint, self._cache, backoff_seconds, sharers)
+                self._clients.append(client)
+            self._client[question] = client
+        self.config = config
         self._images = SharedWork(GROUPS_AT_HAND)
         self._units = SharedWork(GROUPS_AT_HAND)
         self._captions = 0
         self._missing: Counter[str] = Counter()
         self._loop = BackgroundLoop("mllm-judge")
 
-    def submit(self, record: CaptionRecord, caption: str) -> Future[Judgement]:
-        return self._loop.submit(self._judge(record, caption))
+    def submit(self, record: CaptionRecord, caption: str, *, quotes: bool = False) -> Future[Judgement]:
+        """quotes: also ask where in the caption each assertion stands, for a report that shows it."""
+        return self._loop.submit(self._judge(record, caption, quotes))
 
     def submit_units(self, reference: str) -> Future[tuple[str, ...]]:
         """The reference's units; the future raises RequestFailed when the endpoint gives none."""
         return self._loop.submit(self._reference_units(reference))
 
-    def check(self) -> None:
-        """Ask each endpoint one small question. Raises UserError if one does not answer as the judge needs it."""
-        for client in self._clients:
-            probe = questions.language("A cat sits on a red sofa.")
+    def check(self, asked: Collection[JudgeQuestion] = QUESTIONS) -> None:
+        """Ask one small question of each kind that will be `asked`, of the endpoint it will go to, a picture included.
+
+        Raises UserError with the server's own words if one is not answered as the judge needs it.
+        """
+        caption = "A cat sits on a red sofa."
+        picture = questions.image_data_url(Image.new("RGB", (112, 112), "red"))
+        for probe in (
+            questions.language(caption),
+            questions.units(caption),
+            questions.cover((caption,), caption),
+            questions.split(caption),
+            questions.verify(("cat on sofa", "sofa red"), picture),
+        ):
+            if probe.name not in asked:
+                continue
+            client = self._client[probe.name]
             try:
                 self._loop.submit(client.ask(probe.body, probe.accept, use_cache=False)).result()
             except RequestFailed as error:
+                says = f", about {probe.name}; it says: {error.said}" if error.said else f", about {probe.name}"
                 raise UserError(
-                    f"the judge {client.endpoint.model!r} does not answer: {error}",
-                    remedy="check that the endpoint runs, serves that model with JSON-schema output, and takes the key",
+                    f"the judge {client.endpoint.model!r} does not answer: {error}{says}",
+                    remedy=remedy_for(error.said, self.config.endpoint_key(probe.name))
+                    or "check that the endpoint runs, serves that model with JSON-schema output, takes images where "
+                    "verify goes, and takes the key",
                 ) from error
 
     def report(self) -> JudgeReport:
-        total = ClientCounters()
+        total = JudgeReport(captions=self._captions, missing=self._missing.copy())
         for client in self._clients:
-            for name in ("requests", "cache_hits", "prompt_tokens", "completion_tokens"):
-                setattr(total, name, getattr(total, name) + getattr(client.counters, name))
-            total.retries.update(client.counters.retries)
-            total.failures.update(client.counters.failures)
-        return JudgeReport(
-            self._captions,
-            total.requests,
-            total.cache_hits,
-            total.prompt_tokens,
-            total.completion_tokens,
-            dict(total.retries),
-            dict(total.failures),
-            dict(self._missing),
-        )
+            total.add(client.counters)
+            total.limit += client.limit
+        return total
 
     def close(self) -> None:
         """Cancel what is still being judged and free the connections."""
@@ -118,12 +130,12 @@ class MllmJudge:
         if self._cache is not None:
             self._cache.close()
 
-    async def _judge(self, record: CaptionRecord, caption: str) -> Judgement:
+    async def _judge(self, record: CaptionRecord, caption: str, quotes: bool) -> Judgement:
         self._captions += 1
         assertions, covered, grades = await asyncio.gather(
-            self._or_missing("precision", record, self._assertions(record, caption)),
+            self._or_missing("precision", record, self._assertions(record, caption, quotes)),
             self._or_missing("recall", record, self._covered(record, caption)),
-            self._or_missing("linguistic", record, self._grades(caption)),
+            self._or_missing("linguistic", record, self._grades(record, caption)),
         )
         return Judgement(assertions, covered, *(grades or (None, None, None)))
 
@@ -135,24 +147,29 @@ class MllmJudge:
             log.warning("%s of a caption of record %r is missing: %s", component, record.id, error)
             return None
 
-    async def _ask(self, component: str, question: questions.Question[T]) -> T:
-        return await self._client[component].ask(question.body, question.accept)
+    async def _ask(self, question: questions.Question[T], record: CaptionRecord | None = None) -> T:
+        """An image's questions go to one address, whose prefix cache has the image and the reference's facts."""
+        about = "" if record is None else record.id
+        return await self._client[question.name].ask(question.body, question.accept, about=about, kind=question.name)
 
-    async def _assertions(self, record: CaptionRecord, caption: str) -> tuple[Assertion, ...]:
+    async def _assertions(self, record: CaptionRecord, caption: str, quotes: bool) -> tuple[Assertion, ...]:
         if not caption.strip():
             return ()
         # The image is encoded while the caption is split; all captions of a group share one encoding.
-        image_url, reply = await asyncio.gather(
-            self._image_url(record), self._ask("precision", questions.split(caption))
+        image_url, found = await asyncio.gather(
+            self._image_url(record), self._ask(questions.split(caption, quotes=quotes), record)
         )
         # A claim made twice is judged once: saying a true thing again earns nothing.
-        claims = list({a.text.strip().casefold(): a for a in reversed(reply.assertions)}.values())[::-1]
-        if not claims:
-            return ()
-        reply = await self._ask("precision", questions.verify([a.text for a in claims], image_url))
+        claims = {text.strip().casefold(): (text, place) for text, place in reversed(_placed(found, caption))}
+        texts, places = zip(*reversed(claims.values()), strict=True) if claims else ((), ())
+        if found.too_many:
+            verdicts = [Verdict.UNCHECKED] * len(texts)  # nobody could check them all, and that must not pay
+        elif texts:
+            verdicts = map(_verdict, await self._ask(questions.verify(texts, image_url), record))
+        else:
+            verdicts = ()
         return tuple(
-            Assertion(claim.text, *find_quote(caption, claim.quote), _verdict(found))
-            for claim, found in zip(claims, questions.entries(reply), strict=True)
+            Assertion(text, *place, verdict) for text, place, verdict in zip(texts, places, verdicts, strict=True)
         )
 
     async def _image_url(self, record: CaptionRecord) -> str:
@@ -164,23 +181,22 @@ class MllmJudge:
         return url
 
     async def _covered(self, record: CaptionRecord, caption: str) -> tuple[bool, ...]:
-        units = record.units if record.units is not None else await self._reference_units(record.reference)
+        units = record.units if record.units is not None else await self._reference_units(record.reference, record)
         if not units or not caption.strip():
             return (False,) * len(units)
-        reply = await self._ask("recall", questions.cover(units, caption))
-        return tuple(entry.covered for entry in questions.entries(reply))
+        return tuple(await self._ask(questions.cover(units, caption), record))
 
-    async def _reference_units(self, reference: str) -> tuple[str, ...]:
+    async def _reference_units(self, reference: str, record: CaptionRecord | None = None) -> tuple[str, ...]:
         async def extract():
-            reply = await self._ask("recall", questions.units(reference))
-            return tuple(dict.fromkeys(unit.strip() for unit in reply.units))
+            units = await self._ask(questions.units(reference), record)
+            return tuple(dict.fromkeys(unit.strip() for unit in units))
 
         return await self._units.get(reference, extract)
 
-    async def _grades(self, caption: str) -> tuple[float, float, float]:
+    async def _grades(self, record: CaptionRecord, caption: str) -> tuple[float, float, float]:
         if not caption.strip():
             return 0.0, 0.0, 0.0
-        grades = await self._ask("linguistic", questions.language(caption))
+        grades = await self._ask(questions.language(caption), record)
         return tuple(grade / questions.HIGHEST_GRADE for grade in (grades.clarity, grades.fluency, grades.coherency))
 
 
@@ -190,7 +206,19 @@ def _verdict(found: questions.Found) -> Verdict:
     return Verdict.VERIFIED if found.correct else Verdict.WRONG
 
 
+def _placed(claims: questions.Claims, caption: str) -> list[tuple[str, tuple[int, int]]]:
+    """Each claim with its place in the caption: of its quote, or where its own words stand."""
+    if claims.quotes is None:
+        return [(text, find_text(caption, text) or (0, 0)) for text in claims.texts]
+    return [(text, find_quote(caption, quote)) for text, quote in zip(claims.texts, claims.quotes, strict=True)]
+
+
+def find_text(caption: str, text: str) -> tuple[int, int] | None:
+    """Where `text` stands in `caption`, ignoring case."""
+    found = re.search(re.escape(text.strip()), caption, re.IGNORECASE)
+    return found.span() if found and text.strip() else None
+
+
 def find_quote(caption: str, quote: str) -> tuple[int, int]:
-    """Where `quote` stands in `caption`, ignoring case; the whole caption where a judge did not quote exactly."""
-    found = re.search(re.escape(quote.strip()), caption, re.IGNORECASE)
-    return found.span() if found and quote.strip() else (0, len(caption))
+    """Where `quote` stands; the whole caption where a judge did not quote exactly."""
+    return find_text(caption, quote) or (0, len(caption))

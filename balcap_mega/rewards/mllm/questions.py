@@ -1,5 +1,9 @@
 """What the judge is asked: five questions, each with its prompt, its data and the JSON schema its reply must fit.
 
+A reply holds a verdict for each numbered item and says which, in a few tokens: "1R2W3V" for three statements. One that
+leaves a number out, repeats it or adds one is not used. What requests have in common comes first in them, for the
+server's prefix cache: the instructions, then the image or the reference's facts, then the caption's own.
+
 Captions come from a model under training that is paid for good verdicts, so they reach the judge only as strings inside
 a JSON object of the user message. No caption can close that object or spell a chat template's control token.
 """
@@ -7,24 +11,40 @@ a JSON object of the user message. No caption can close that object or spell a c
 import base64
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Generic, TypeVar
 
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 
+from balcap_mega.config.schema import JudgeQuestion
 from balcap_mega.data.jsonl import Text
-from balcap_mega.rewards.mllm.replies import Completion, WholeNumber, usable_json
+from balcap_mega.rewards.mllm.failures import Unusable
+from balcap_mega.rewards.mllm.replies import WHOLE, Choice, Completion, usable_json
 
 # `<`, `>` and `|` spell control tokens of chat templates (<|im_end|>, </s>, <image>), brackets spell others ([INST]).
 # None of them is needed by a JSON object of strings, so each can be escaped wherever it occurs.
 ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>|[]"}
 LONGEST_IMAGE_SIDE = 1536
 MOST_ASSERTIONS = 128
+SHORTEST_ASSERTION = 2  # characters of a caption: one that is shorter than so many a claim has not made them
 HIGHEST_GRADE = 10
+FOUND = {  # what a letter says of a statement: pointable, correct
+    "R": (True, True),
+    "W": (True, False),
+    "V": (False, True),
+    "X": (False, False),
+}
+COVERED = {"Y": True, "N": False}
+LONGEST_LIST = 4096  # tokens of a reply that lists sentences
+ENTRY = re.compile(r"([1-9][0-9]*)[\s:=.)-]*([A-Z])(?![A-Z])")
+BETWEEN = " \t\r\n,;|."
+BESIDE_VERDICTS, A_VERDICT = 64, 8  # tokens of a reply that is numbered, at most
 
 
 class ReplyModel(BaseModel):
@@ -36,74 +56,136 @@ Sentence = (
 )
 
 
+class Split(ReplyModel):
+    assertions: Annotated[list[Sentence], Field(max_length=MOST_ASSERTIONS + 1)]  # one more: there are too many
+
+
 class QuotedAssertion(ReplyModel):
     text: Sentence
     quote: str
 
 
-class Split(ReplyModel):
-    assertions: Annotated[list[QuotedAssertion], Field(max_length=MOST_ASSERTIONS)]
+class QuotedSplit(ReplyModel):
+    assertions: Annotated[list[QuotedAssertion], Field(max_length=MOST_ASSERTIONS + 1)]
 
 
 class Units(ReplyModel):
     units: Annotated[list[Sentence], Field(min_length=1, max_length=MOST_ASSERTIONS)]
 
 
+Grade = Annotated[int, Field(ge=0, le=HIGHEST_GRADE), WHOLE]
+
+
 class Grades(ReplyModel):
-    clarity: Annotated[WholeNumber, Field(ge=0, le=HIGHEST_GRADE)]
-    fluency: Annotated[WholeNumber, Field(ge=0, le=HIGHEST_GRADE)]
-    coherency: Annotated[WholeNumber, Field(ge=0, le=HIGHEST_GRADE)]
+    clarity: Grade
+    fluency: Grade
+    coherency: Grade
 
 
-class Found(ReplyModel):
+class Verdicts(ReplyModel):
+    verdicts: str
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a caption asserts, in its order; `quotes` are the words that assert it, where they were asked for.
+
+    too_many: the caption asserts more than MOST_ASSERTIONS, of which these are the first
+    """
+
+    texts: tuple[str, ...]
+    quotes: tuple[str, ...] | None = None
+    too_many: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """About one statement: could one point at what settles it, and does the image show it?"""
+
     pointable: bool
     correct: bool
 
 
-class Coverage(ReplyModel):
-    covered: bool
-
-
-Reply = TypeVar("Reply", bound=BaseModel)
-Entry = TypeVar("Entry", bound=BaseModel)
+Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Question(Generic[Reply]):
-    """The body of a chat request, and how to read its answer."""
+class Question(Generic[Answer]):
+    """The body of a chat request, and how its answer is read: `read` raises Unusable for one that it cannot use."""
 
+    name: JudgeQuestion
     body: dict[str, Any]
-    reply: type[Reply]
+    read: Callable[[Choice], Answer]
 
-    def accept(self, completion: Completion) -> Reply:
-        """Raises Unusable for a reply that is refused, cut, not JSON, or not of the schema."""
-        return usable_json(completion.choices[0], self.reply)
-
-
-def split(caption: str) -> Question[Split]:
-    return _question("split", {"caption": caption}, Split, 4096)
+    def accept(self, completion: Completion) -> Answer:
+        return self.read(completion.choices[0])
 
 
-def verify(statements: Sequence[str], image_url: str) -> Question:
-    return _question("verify", {"statements": _numbered(statements)}, *_one_each(Found, len(statements)), image_url)
+def split(caption: str, *, quotes: bool = False) -> Question[Claims]:
+    """What the caption asserts. Quotes double the reply: they are for a reader who is shown where each claim stands."""
+    form, name = (QuotedSplit, "split_quotes") if quotes else (Split, "split")
+    instructions = f"{prompt('split')}\n\n{prompt('split_quotes')}" if quotes else prompt("split")
+    body = _body(name, instructions, {"caption": caption}, form.model_json_schema(), LONGEST_LIST)
+    return Question("split", body, lambda choice: _claims(choice, form, caption))
 
 
-def units(reference: str) -> Question[Units]:
-    return _question("units", {"reference": reference}, Units, 4096)
+def verify(statements: Sequence[str], image_url: str) -> Question[list[Found]]:
+    body = _verdict_body("verify", {"statements": _numbered(statements)}, len(statements), FOUND, image_url)
+    return Question("verify", body, lambda choice: [Found(*v) for v in _verdicts(choice, len(statements), FOUND)])
 
 
-def cover(facts: Sequence[str], caption: str) -> Question:
-    data = {"caption": caption, "facts": _numbered(facts)}
-    return _question("cover", data, *_one_each(Coverage, len(facts)))
+def units(reference: str) -> Question[tuple[str, ...]]:
+    data = {"reference": reference}
+    body = _body("units", prompt("units"), data, Units.model_json_schema(), LONGEST_LIST)
+    return Question("units", body, lambda choice: tuple(usable_json(choice, Units).units))
+
+
+def cover(facts: Sequence[str], caption: str) -> Question[list[bool]]:
+    data = {"facts": _numbered(facts), "caption": caption}
+    body = _verdict_body("cover", data, len(facts), COVERED)
+    return Question("cover", body, lambda choice: _verdicts(choice, len(facts), COVERED))
 
 
 def language(caption: str) -> Question[Grades]:
-    return _question("language", {"caption": caption}, Grades, 128)
+    body = _body("language", prompt("language"), {"caption": caption}, Grades.model_json_schema(), 128)
+    return Question("language", body, lambda choice: usable_json(choice, Grades))
 
 
-def entries(reply: BaseModel) -> list:
-    """The numbered entries of a reply to `verify` or `cover`, in order."""
-    return [entry for _, entry in reply]
+def _claims(choice: Choice, form: type[Split] | type[QuotedSplit], caption: str) -> Claims:
+    try:
+        found = usable_json(choice, form).assertions
+    except Unusable:
+        if (beginning := _first_claims(choice, form)) is None:
+            raise
+        found = beginning
+    too_many = len(found) > MOST_ASSERTIONS
+    if too_many and len(caption) < SHORTEST_ASSERTION * MOST_ASSERTIONS:
+        raise Unusable("off_schema")  # the judge has run away
+    found = found[:MOST_ASSERTIONS]
+    if form is Split:
+        return Claims(tuple(found), None, too_many)
+    return Claims(tuple(claim.text for claim in found), tuple(claim.quote for claim in found), too_many)
+
+
+def _first_claims(choice: Choice, form: type[Split] | type[QuotedSplit]) -> list | None:
+    """The first MOST_ASSERTIONS + 1 of a reply that holds at least so many, cut or not."""
+    text = choice.message.content or ""
+    try:
+        partial = from_json(text[text.index("{") :], allow_partial=True)
+        return form.model_validate({"assertions": partial["assertions"][: MOST_ASSERTIONS + 1]}).assertions
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _verdicts(choice: Choice, count: int, letters: Mapping[str, T]) -> list[T]:
+    """What stands for each number. Raises Unusable unless every number from 1 to `count` has one letter, in order."""
+    reply = usable_json(choice, Verdicts).verdicts.upper()
+    found = ENTRY.findall(reply)
+    numbered = [number for number, _ in found] == [str(number) for number in range(1, count + 1)]
+    if not numbered or ENTRY.sub("", reply).strip(BETWEEN) or not {letter for _, letter in found} <= letters.keys():
+        raise Unusable("off_schema")
+    return [letters[letter] for _, letter in found]
 
 
 def as_data(value: dict) -> str:
@@ -114,8 +196,8 @@ def as_data(value: dict) -> str:
 
 
 def image_data_url(image: Image.Image) -> str:
-    """The image as a JPEG data URL, its longer side at most LONGEST_IMAGE_SIDE pixels."""
-    image = image.convert("RGB")
+    """The image, upright, as a JPEG data URL; its longer side at most LONGEST_IMAGE_SIDE pixels."""
+    image = ImageOps.exif_transpose(image).convert("RGB")
     image.thumbnail((LONGEST_IMAGE_SIDE, LONGEST_IMAGE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92)
@@ -127,33 +209,36 @@ def prompt(name: str) -> str:
     return files("balcap_mega.rewards.mllm").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8").strip()
 
 
-def _question(name: str, data: dict, reply: type[Reply], max_tokens: int, image_url: str | None = None) -> Question:
+def _body(
+    name: str, instructions: str, data: dict, schema: dict[str, Any], max_tokens: int, image_url: str | None = None
+) -> dict[str, Any]:
     content: Any = as_data(data)
     if image_url is not None:
-        image = {"type": "image_url", "image_url": {"url": image_url}}
-        content = [image, {"type": "text", "text": content}]
-    schema = {"name": name, "schema": _schema(reply), "strict": True}
-    body = {
-        "messages": [{"role": "system", "content": prompt(name)}, {"role": "user", "content": content}],
-        "response_format": {"type": "json_schema", "json_schema": schema},
+        content = [{"type": "image_url", "image_url": {"url": image_url}}, {"type": "text", "text": content}]
+    return {
+        "messages": [{"role": "system", "content": instructions}, {"role": "user", "content": content}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}},
         "temperature": 0,
         "seed": 0,
         "max_completion_tokens": max_tokens,
     }
-    return Question(body, reply)
+
+
+def _verdict_body(
+    name: str, data: dict, count: int, letters: Iterable[str], image_url: str | None = None
+) -> dict[str, Any]:
+    schema = _verdict_schema(count, "".join(letters))
+    return _body(name, prompt(name), data, schema, BESIDE_VERDICTS + A_VERDICT * count, image_url)
 
 
 @cache
-def _schema(reply: type[BaseModel]) -> dict[str, Any]:
-    return reply.model_json_schema()
+def _verdict_schema(count: int, letters: str) -> dict[str, Any]:
+    """Under constrained decoding no other string than one with a letter for each number can be written."""
+    schema = Verdicts.model_json_schema()
+    pattern = "".join(f"{number}[{letters}]" for number in range(1, count + 1))
+    verdicts = schema["properties"]["verdicts"] | {"pattern": f"^{pattern}$"}
+    return schema | {"properties": {"verdicts": verdicts}}
 
 
 def _numbered(texts: Sequence[str]) -> dict[str, str]:
     return {str(number): text for number, text in enumerate(texts, start=1)}
-
-
-@cache
-def _one_each(entry: type[Entry], count: int) -> tuple[type[BaseModel], int]:
-    """An object that must have the keys "1" to "count", one entry each; and the tokens such a reply may take."""
-    fields: dict[str, Any] = {str(number): (entry, ...) for number in range(1, count + 1)}
-    return create_model(f"{entry.__name__}OfEach", __base__=ReplyModel, **fields), 64 + 48 * count

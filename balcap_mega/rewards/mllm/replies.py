@@ -37,8 +37,8 @@ def _text_of_parts(content: Any) -> Any:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-WholeNumber = Annotated[int, BeforeValidator(_whole)]
-"""An integer that a judge may have written with a point: 10.0 is 10, 7.5 is none."""
+WHOLE = BeforeValidator(_whole)
+"""For an integer that a judge may have written with a point: 10.0 is 10, 7.5 is none."""
 Tokens = Annotated[int | None, Field(ge=0, lt=2**40), AfterValidator(lambda count: count or 0)]
 
 

@@ -24,8 +24,14 @@ from balcap_mega.training.observe.metrics import read_metrics
 
 SAMPLES = 8  # the first held-out images, which no score has chosen
 IMAGE_SIDE = 448  # pixels that a longer side is shrunk to
-PRECEDENCE = (Verdict.WRONG, Verdict.NOT_POINTABLE, Verdict.VERIFIED)  # where assertions overlap, the first one shows
-WORDS = {Verdict.VERIFIED: "verified", Verdict.WRONG: "wrong", Verdict.NOT_POINTABLE: "not pointable"}
+# Where assertions overlap, the first one shows.
+PRECEDENCE = (Verdict.WRONG, Verdict.NOT_POINTABLE, Verdict.UNCHECKED, Verdict.VERIFIED)
+WORDS = {
+    Verdict.VERIFIED: "verified",
+    Verdict.WRONG: "wrong",
+    Verdict.NOT_POINTABLE: "not pointable",
+    Verdict.UNCHECKED: "not checked",
+}
 
 
 @dataclass(frozen=True)
