@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from balcap_mega.cli import quiet_libraries
 from balcap_mega.config.load import validate
 from balcap_mega.config.preflight import check_model
 from balcap_mega.config.schema import JudgeEndpoint, ModelConfig, ParallelConfig, RewardConfig, RolloutConfig
-from balcap_mega.data.files import refuse_outside
-from balcap_mega.data.jsonl import read_jsonl
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation import bcapscore, caparena, captionqa, captionqa_questions, dcscore
 from balcap_mega.evaluation.fingerprint import beside, claim, digest, of_judge, packaged_prompts
@@ -33,7 +32,6 @@ from balcap_mega.evaluation.session import (
     write_json,
     write_json_lines,
 )
-from balcap_mega.models.families import FAMILIES
 from balcap_mega.rewards.mllm.client import ChatClient
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
@@ -64,6 +62,8 @@ class Evaluation:
         self.maker = None if options.model is None else self._maker()
 
     def _maker(self) -> CaptionsMaker:
+        from balcap_mega.models.families import FAMILIES  # slow to import, and only captioning needs it
+
         options = self.options
         rollout = {"max_tokens": options.caption_tokens, "max_model_len": options.max_model_len}
         model = ModelConfig(path=str(options.model))
@@ -169,9 +169,7 @@ class Evaluation:
 
 def run_bcapscore(evaluation: Evaluation) -> int:
     options = evaluation.options
-    rows = read_jsonl(options.references)
-    for row in rows:
-        refuse_outside(row.image, str(options.references))
+    rows = bcapscore.read_references(options.references)
     pictures = evaluation.look_at(row.image for row in rows)
     captions = evaluation.read_captions()
     evaluation.complete(captions, {row.image: row.image for row in rows}, pictures)
@@ -302,6 +300,7 @@ BENCHMARKS = {
 
 if __name__ == "__main__":
     options = parse_arguments()
+    quiet_libraries()
     try:
         sys.exit(BENCHMARKS[options.benchmark](Evaluation(options)))
     except UserError as error:

@@ -3,17 +3,20 @@
     python launch/prepare_data.py --source sharegpt4v --data share-captioner.json --images /data \\
         --prefix coco/ --output prepared.jsonl --base-url http://judge:8000/v1 --model Qwen/Qwen2.5-VL-72B-Instruct
 
-Train on the result with data.source=jsonl data.path=prepared.jsonl. Interrupted, it goes on where it stopped.
+Train on the result with data.source=jsonl data.path=prepared.jsonl. Interrupted, it goes on where it stopped. An
+output of another judge, or with other references, is refused.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from balcap_mega.config.load import validate
 from balcap_mega.config.schema import JudgeEndpoint, RewardConfig
 from balcap_mega.data.files import ImageFileDataset
 from balcap_mega.data.sources import READERS
 from balcap_mega.errors import UserError
+from balcap_mega.evaluation.fingerprint import claim, digest, of_judge, packaged_prompts
 from balcap_mega.evaluation.report import progress_bar
 from balcap_mega.rewards.mllm.judge import MllmJudge
 from balcap_mega.rewards.mllm.prepare import prepare
@@ -30,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base-url", required=True, help="an OpenAI-compatible endpoint, http://host:port/v1")
     parser.add_argument("--model", required=True)
     parser.add_argument("--api-key-env", help="the environment variable that holds the endpoint's key")
+    parser.add_argument("--judge-moved", action="store_true", help="the same endpoint as before has a new address")
     parser.add_argument("--concurrency", type=int, default=64)
     return parser.parse_args()
 
@@ -47,7 +51,11 @@ def main() -> None:
         "api_key_env": options.api_key_env,
         "concurrency": options.concurrency,
     }
-    judge = MllmJudge(RewardConfig(judge="mllm", endpoint=validate(JudgeEndpoint, endpoint, "the endpoint's options")))
+    endpoint = validate(JudgeEndpoint, endpoint, "the endpoint's options")
+    prompts = packaged_prompts("balcap_mega.rewards.mllm")
+    parts = {"judge prompt": digest(prompts["units.txt"]), **of_judge(endpoint, "--base-url", "--model")}
+    claim(Path(options.output), parts, judge_moved=options.judge_moved)
+    judge = MllmJudge(RewardConfig(judge="mllm", endpoint=endpoint))
     try:
         judge.check(["units"])
         with progress_bar("reference units", len(dataset)) as advance:

@@ -325,6 +325,14 @@ def test_errors_speak_of_the_options_at_hand(monkeypatch, two_references, capsys
             assert named in error and not any(key in error for key in ("data.", "rewards.", "base_url", "endpoint."))
 
 
+def test_a_reference_that_cannot_be_used_is_named(monkeypatch, two_references, capsys):
+    options, _ = two_references
+    options[3].write_text(options[3].read_text() + '{"image": "d.png", "reference": "\\ud800"}\n')
+    with JudgeServer() as server:
+        assert evaluate(monkeypatch, "bcapscore", server, *options) == 2
+    assert "references.jsonl:5" in capsys.readouterr().err
+
+
 def test_parquet_without_pyarrow_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

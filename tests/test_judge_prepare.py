@@ -54,6 +54,12 @@ def test_units_are_extracted_once_and_an_interrupted_run_goes_on(tmp_path, data)
         assert len(server.asked("units")) == 1 + 4
         refused = prepare(server, data, output, "--prefix", "coco/")
         assert refused.returncode == 2 and "no row of the dataset" in refused.stderr
+        refused = prepare(server, data, output, "--model", "another")
+        assert refused.returncode == 2 and "--model was judge, now another" in refused.stderr
+        changed = data.with_name("changed.json")
+        changed.write_text(data.read_text().replace("A smiling woman", "A woman"))
+        refused = prepare(server, changed, output)
+        assert refused.returncode == 2 and "'astronaut' with another reference" in refused.stderr
     prepared = read_jsonl(output)
     assert len({row.id for row in prepared}) == len(prepared) == 9
     astronaut = next(row for row in prepared if row.id == "astronaut")

@@ -17,8 +17,9 @@ from statistics import fmean
 from typing_extensions import TypedDict
 
 from balcap_mega.algorithm.words import count_words
-from balcap_mega.data.files import ImageRow
-from balcap_mega.data.jsonl import drop_cut_line
+from balcap_mega.data.annotations import LeftOut
+from balcap_mega.data.files import ImageRow, refuse_outside
+from balcap_mega.data.jsonl import drop_cut_line, read_jsonl
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation.pictures import Pictures
@@ -38,6 +39,16 @@ class Entry(TypedDict):
     precision: float | None
     recall: float | None
     linguistic: float | None
+
+
+def read_references(path: Path) -> list[ImageRow]:
+    """The rows of a file of references. Raises UserError for one that cannot be used: no reference goes missing."""
+    rows = read_jsonl(path)
+    for row in rows:
+        if isinstance(row, LeftOut):
+            raise UserError(str(row), remedy="mend that line, or take it out")
+        refuse_outside(row.image, str(path))
+    return rows
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from balcap_mega.evaluation.session import read_json, write_json
 
 # Of an endpoint, what decides neither who answers nor what is asked.
 NOT_DETERMINING = {"api_key_env", "concurrency", "timeout_seconds", "max_retries"}
-ADDRESS = "--judge-url"
+ADDRESSES = {"--judge-url", "--base-url"}
 
 
 def beside(output: Path, what: str) -> Path:
@@ -32,10 +32,10 @@ def packaged_prompts(package: str) -> dict[str, str]:
     return {prompt.name: prompt.read_text(encoding="utf-8") for prompt in folder.iterdir()}
 
 
-def of_judge(endpoint: JudgeEndpoint) -> dict[str, Any]:
-    """Who answers, and in which dialect it is asked."""
+def of_judge(endpoint: JudgeEndpoint, url: str = "--judge-url", model: str = "--judge-model") -> dict[str, Any]:
+    """Who answers, and in which dialect it is asked; `url` and `model` are the options that name it."""
     parts = endpoint.model_dump(mode="json", exclude=NOT_DETERMINING, exclude_defaults=True)
-    return {ADDRESS: parts.pop("base_url"), "--judge-model": parts.pop("model"), "the judge's options": parts}
+    return {url: parts.pop("base_url"), model: parts.pop("model"), "the judge's options": parts}
 
 
 def claim(
@@ -64,14 +64,14 @@ def claim(
     kept = read_json(path, "the results' fingerprint", dict[str, dict[str, Any]])
     earlier, earlier_pictures = kept.get("parts", {}), kept.get("pictures", {})
     other = [name for name in earlier | parts if earlier.get(name) != parts.get(name)]
-    if judge_moved and ADDRESS in other:
-        other.remove(ADDRESS)
+    if judge_moved:
+        other = [name for name in other if name not in ADDRESSES]
     changed = [name for name, now in (pictures or {}).items() if earlier_pictures.get(name, now) != now]
     if changed:
         other.append(f"picture {changed[0]!r}")
     if other:
         shown = ", ".join(_difference(name, earlier.get(name), parts.get(name)) for name in other)
-        moved = "add --judge-moved if the same judge answers there now, " if other == [ADDRESS] else ""
+        moved = "add --judge-moved if the same judge answers there now, " if set(other) <= ADDRESSES else ""
         raise UserError(
             f"{output} holds results of another making: {shown}",
             remedy=f"{moved}name another --output, give what it was made from, or delete {output} to score anew",

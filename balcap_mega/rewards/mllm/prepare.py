@@ -8,6 +8,7 @@ from pathlib import Path
 
 from balcap_mega.data.files import ImageFileDataset, ImageRow
 from balcap_mega.data.jsonl import as_line, drop_cut_line, read_jsonl
+from balcap_mega.errors import UserError
 from balcap_mega.rewards.mllm.failures import RequestFailed
 from balcap_mega.rewards.mllm.judge import MllmJudge
 
@@ -31,7 +32,8 @@ def prepare(
     """Append each row, with its units, to `output`; rows that stand there already are left as they are.
 
     A row whose image is corrupt, or whose units no attempt could extract, is left out and counted: run again to try
-    those once more. `progress` is called once a row.
+    those once more. `progress` is called once a row. Raises UserError for a row that stands there with another
+    reference or prompt.
     """
     report = PreparationReport()
     done = _finished_rows(Path(output))
@@ -49,7 +51,12 @@ def prepare(
 
     with Path(output).open("a", encoding="utf-8") as file:
         for index, row in enumerate(dataset.rows):
-            if (row.id, row.image) in done:
+            if (earlier := done.get((row.id, row.image))) is not None:
+                if (earlier.reference, earlier.prompt) != (row.reference, row.prompt):
+                    raise UserError(
+                        f"{output} holds row {row.id!r} with another reference or prompt than the data has now",
+                        remedy=f"name another --output, or delete {output} to prepare anew",
+                    )
                 report.already_there += 1
             elif not dataset.is_sound(index):
                 report.corrupt_images += 1
@@ -64,9 +71,9 @@ def prepare(
     return report
 
 
-def _finished_rows(output: Path) -> set[tuple[str, str]]:
-    """(id, image) of the rows in `output`."""
+def _finished_rows(output: Path) -> dict[tuple[str, str], ImageRow]:
+    """The rows in `output`, by (id, image)."""
     drop_cut_line(output)
     if not output.exists():
-        return set()
-    return {(row.id, row.image) for row in read_jsonl(output) if isinstance(row, ImageRow)}
+        return {}
+    return {(row.id, row.image): row for row in read_jsonl(output) if isinstance(row, ImageRow)}
