@@ -18,7 +18,7 @@ from balcap_mega.config.schema import JudgeEndpoint, ModelConfig, ParallelConfig
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation import bcapscore, caparena, captionqa, captionqa_questions, dcscore
 from balcap_mega.evaluation.fingerprint import beside, claim, digest, of_judge, packaged_prompts
-from balcap_mega.evaluation.options import in_options, parse_arguments
+from balcap_mega.evaluation.options import dialect_of, in_options, parse_arguments
 from balcap_mega.evaluation.pictures import MISSING, UNREADABLE, Pictures
 from balcap_mega.evaluation.provenance import CaptionsMaker, checkpoint_digest, continued, origin
 from balcap_mega.evaluation.report import progress_bar, write_report
@@ -57,6 +57,7 @@ class Evaluation:
             "concurrency": options.concurrency,
             "timeout_seconds": options.timeout,
             "max_retries": options.max_retries,
+            "dialect": dialect_of(options.dialect),
         }
         self.endpoint = validate(JudgeEndpoint, endpoint, "the judge's options")
         self.maker = None if options.model is None else self._maker()

@@ -260,7 +260,7 @@ def test_each_reference_of_an_image_counts_once(monkeypatch, two_references):
         assert evaluate(monkeypatch, "bcapscore", server, *options) == 0
         server.requests.clear()
         assert evaluate(monkeypatch, "bcapscore", server, *options) == 0
-        assert len(server.requests) == 1  # all four rows are known again
+        assert len(server.asked("split")) == len(server.asked("cover")) == 1  # the check's: all rows are known again
     figures = report(output)["figures"]
     precision, recall, linguistic = 100 * (1 + 1 + 1 + 0.5) / 4, 100 * (1 + 0.5 + 1 + 1) / 4, 90
     assert (figures["precision"], figures["recall"]) == (pytest.approx(precision), pytest.approx(recall))
@@ -308,7 +308,7 @@ def test_one_broken_picture_does_not_end_the_run(monkeypatch, two_references, ca
         (options[5] / "b.png").write_bytes(whole)
         server.requests.clear()
         assert evaluate(monkeypatch, "bcapscore", server, *options) == 0  # only the mended picture is judged
-        assert len(server.asked("verify")) == 1 and report(output)["judged"] == 4
+        assert len(server.asked("verify")) == 1 + 1 and report(output)["judged"] == 4  # one is the check's
 
 
 def test_errors_speak_of_the_options_at_hand(monkeypatch, two_references, capsys):
@@ -331,6 +331,29 @@ def test_a_reference_that_cannot_be_used_is_named(monkeypatch, two_references, c
     with JudgeServer() as server:
         assert evaluate(monkeypatch, "bcapscore", server, *options) == 2
     assert "references.jsonl:5" in capsys.readouterr().err
+
+
+def test_a_judges_dialect_is_an_option_that_its_refusal_names(monkeypatch, captionqa_files, capsys):  # noqa: F811
+    data, options, _ = captionqa_files
+    asked = []
+
+    def answer(name, body):
+        asked.append(body)
+        return replay(data["replies"])(name, body)
+
+    said = json.dumps({"error": {"message": "Extra inputs are not permitted: max_completion_tokens"}})
+    with JudgeServer(answer) as server:
+        server.faults["plain"] = [Fault(status=400, body=said)]
+        assert evaluate(monkeypatch, "captionqa", server, *options) == 2
+        error = capsys.readouterr().err
+        assert "not permitted: max_completion_tokens" in error and "set --dialect token_limit=max_tokens" in error
+        dialect = ["--dialect", "token_limit=max_tokens", "--dialect", "temperature=false"]
+        assert evaluate(monkeypatch, "captionqa", server, *options, *dialect) == 0
+        assert asked[-1]["max_tokens"] == 4 and not {"max_completion_tokens", "temperature"} & asked[-1].keys()
+        assert evaluate(monkeypatch, "captionqa", server, *options) == 2  # another dialect, other results
+        server.faults["plain"] = [Fault(content="", finish_reason="length")]
+        assert evaluate(monkeypatch, "captionqa", server, *options, *dialect, "--max-retries", 0) == 2
+    assert "--dialect thinking_tokens=4096" in capsys.readouterr().err
 
 
 def test_parquet_without_pyarrow_is_one_line(monkeypatch, tmp_path):

@@ -392,7 +392,7 @@ class CaptionQaFiles(Section):
 
     questions: str
     images: str
-    max_tokens: Positive = 4  # of an answer; a judge that thinks first needs more
+    max_tokens: Positive = 4  # of an answer; a judge that thinks first takes its endpoint's dialect.thinking_tokens
 
 
 class DcScoreFiles(Section):

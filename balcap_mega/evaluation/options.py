@@ -2,8 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from balcap_mega.data.jsonl import DEFAULT_PROMPT
+from balcap_mega.errors import UserError
 
 ABOUT = """\
 Score captions with the field's benchmarks, or with BalCapRL's own score.
@@ -72,7 +76,7 @@ but the caption. Right 1, wrong 0, "cannot answer" 1 / options + 0.05. Four doma
 --images         for --model: a folder of pictures named by their id, nat_001.jpg
 --output         one JSON object {"nat_001": [answer, ...]}, as the original's qa.py writes it
 --prompts        a folder with captionqa.txt, the system prompt; the original's system_prompt of qa.py as it stands
---max-tokens     4, as published; a judge that thinks before it answers needs more, such as 4096
+--max-tokens     4, as published; for a judge that thinks first, add --dialect thinking_tokens=4096
 
 judge:           Qwen/Qwen2.5-72B-Instruct judged the published numbers
 data:            huggingface.co/datasets/Borise/CaptionQA
@@ -136,6 +140,11 @@ def _common() -> argparse.ArgumentParser:
     judge.add_argument("--judge-model", required=True, metavar="NAME")
     judge.add_argument("--judge-moved", action="store_true", help="the same judge as before has a new address")
     judge.add_argument("--api-key-env", metavar="VARIABLE", help="the environment variable that holds the key")
+    judge.add_argument(
+        "--dialect", action="append", default=[], metavar="KEY=VALUE",
+        help="how its server differs from OpenAI's: token_limit=max_tokens, temperature=false, seed=false, "
+        "replies=json_object, thinking_tokens=4096, extra_body={...}; may be repeated",
+    )  # fmt: skip
     judge.add_argument("--concurrency", type=int, default=32, help="requests at once")
     judge.add_argument("--timeout", type=int, default=120, help="seconds a request may take")
     judge.add_argument("--max-retries", type=int, default=4, help="of a request without a usable reply")
@@ -164,10 +173,26 @@ OPTION_NAMES = {
     "the judge's options: concurrency": "--concurrency",
     "the judge's options: timeout_seconds": "--timeout",
     "the judge's options: max_retries": "--max-retries",
+    "the judge's options: dialect.": "--dialect ",
+    "rewards.endpoint.dialect.": "--dialect ",
     "endpoint.api_key_env": "--api-key-env",
     "api_key_env": "--api-key-env",
     "rewards.cache_dir=": "",
 }
+
+
+def dialect_of(settings: list[str]) -> dict[str, Any]:
+    """`--dialect` as the endpoint's section has it. Raises UserError for one that is no KEY=VALUE."""
+    dialect = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            dialect[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise UserError(f"--dialect {setting!r} is not KEY=VALUE", remedy="write it like --dialect seed=false")
+    return dialect
 
 
 def in_options(text: str) -> str:

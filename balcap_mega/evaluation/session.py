@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from balcap_mega.errors import UserError
 from balcap_mega.rewards.mllm.client import ChatClient, ClientCounters
+from balcap_mega.rewards.mllm.dialect import remedy_for
 from balcap_mega.rewards.mllm.failures import RequestFailed
 from balcap_mega.rewards.mllm.judge import JudgeReport
 from balcap_mega.rewards.mllm.questions import image_data_url
@@ -78,12 +79,12 @@ async def check(client: ChatClient, picture: bool = False, tokens: int = 2000) -
         await client.ask(question, lambda completion: usable_text(completion.choices[0], cut_is_fine=True))
     except RequestFailed as error:
         shown = ", with a picture" if picture else ""
-        thinks = error.reasons[-1] in ("empty", "truncated")
+        said = f", which says: {error.said}" if error.said else ""
+        remedy = remedy_for(error.said) or "check that the endpoint runs, serves that model, and takes the key"
+        if error.reasons[-1] in ("empty", "truncated"):
+            remedy = "a judge that thinks first needs more tokens: set rewards.endpoint.dialect.thinking_tokens=4096"
         raise UserError(
-            f"the judge {client.endpoint.model!r} does not answer a small question{shown}: {error}",
-            remedy="a judge that thinks first needs more tokens: raise --max-tokens"
-            if thinks
-            else "check that the endpoint runs, serves that model, and takes the key",
+            f"the judge {client.endpoint.model!r} does not answer a small question{shown}: {error}{said}", remedy=remedy
         ) from error
 
 
