@@ -191,7 +191,10 @@ def read_questions(path: str | Path) -> list["Row"]:
 def pictures_by_id(rows: Sequence[Row], folder: Path | None) -> dict[str, str]:
     """The file name in `folder` of each row's picture, by its id. Raises UserError for an id with two of them."""
     if folder is None or not folder.is_dir():
-        raise UserError("--model needs --images", remedy="name the folder of images, each named by its id")
+        raise UserError(
+            f"pictures to caption: {folder} is no folder",
+            remedy="name the folder of images, each named by its id (--images; benchmarks.captionqa.images in a run)",
+        )
     ids = {str(row.get("id")) for row in rows}
     names: dict[str, str] = {}
     for path in sorted(folder.iterdir()):

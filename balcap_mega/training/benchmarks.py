@@ -68,6 +68,8 @@ class Benchmarks:
         with failing_together(device):
             refuse_placeholders(self.config.prompt, "benchmarks.prompt")
             benchmarks = _read(self.config) if self.leads else {}
+            if benchmarks:
+                ChatClient(self.endpoint)  # refuses a key that is not set
         looked_at = from_first_rank({name: (b.pictures, b.names) for name, b in benchmarks.items()})
         self.benchmarks = [
             Benchmark(name, pictures, names, benchmarks[name].score if self.leads else _scored_elsewhere)
