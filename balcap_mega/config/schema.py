@@ -83,6 +83,8 @@ class DataConfig(Section):
     eval_among: the images held out are the `eval_size` of the lowest path hashes among the first so many of the file;
         by default the first `eval_size` themselves. Rows that are appended then move none. Give it where a file is
         sorted, as many images as it has now; in a file that has fewer, appended rows still move some.
+    too_long: what becomes of records whose prompt and picture leave no room for a caption in rollout.max_model_len.
+        They are found before the first step; at most `max_missing_fraction` of a dataset may be left out.
     """
 
     source: Literal["scenes", "sharegpt4v", "jsonl"] = "scenes"
@@ -94,7 +96,8 @@ class DataConfig(Section):
     eval_among: Positive | None = None
     image_backend: Literal["pil", "dali"] = "pil"
     max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None  # larger pictures are shrunk to it as they are loaded
-    max_missing_fraction: Fraction = 0.01
+    max_missing_fraction: Annotated[Fraction, MAY_CHANGE] = 0.01
+    too_long: Literal["refuse", "leave_out"] = "refuse"
 
     @model_validator(mode="after")
     def files_need_a_path(self):
@@ -287,7 +290,7 @@ class RewardConfig(Section):
     component_endpoints: Annotated[dict[Literal["precision", "recall", "linguistic"], JudgeEndpoint], MAY_CHANGE] = {}
     question_endpoints: Annotated[dict[JudgeQuestion, JudgeEndpoint], MAY_CHANGE] = {}
     cache_dir: Annotated[str | None, MAY_CHANGE] = None
-    max_missing_fraction: Fraction = 0.2
+    max_missing_fraction: Annotated[Fraction, MAY_CHANGE] = 0.2
 
     def endpoints(self) -> dict[str, JudgeEndpoint]:
         """Whom each question goes to, by the question's name; empty where no LLM judges."""

@@ -19,6 +19,7 @@ from balcap_mega.errors import UserError
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 2**28  # of an image file; MOST_PIXELS have 200 MB without any compression
+HEAD_BYTES = 2**16  # of an image file, in which its header mostly lies
 # How files begin whose pictures end before they do: a phone puts its video behind a photo.
 MAY_GO_ON = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF")
 
@@ -111,7 +112,11 @@ class ImageFileDataset:
 
     def picture_size(self, index: int) -> tuple[int, int]:
         """(width, height) of the picture of row `index`, by its header alone. Raises Unreadable."""
-        return picture_size(image_bytes(self.root / self.rows[index].image), self._max_pixels)
+        path = self.root / self.rows[index].image
+        try:
+            return picture_size(image_bytes(path, HEAD_BYTES), self._max_pixels)
+        except Unreadable:  # WebP and AVIF want all of it, others may have their header behind much else
+            return picture_size(image_bytes(path), self._max_pixels)
 
     def why_unreadable(self, index: int) -> str | None:
         """In words that go on from the file's name; None for a picture that is read."""
@@ -125,6 +130,13 @@ class ImageFileDataset:
         part = copy(self)
         part.rows = [row for row in self.rows if row.image in images][:size]
         part.missing, part._corrupt, part._total = 0, set(), len(part.rows)
+        return part
+
+    def without(self, indices: set[int]) -> "ImageFileDataset":
+        """All rows but those."""
+        part = copy(self)
+        part.rows = [row for index, row in enumerate(self.rows) if index not in indices]
+        part._corrupt = set()
         return part
 
     def _read(self, index: int) -> bytes:
@@ -159,7 +171,7 @@ class ImageFileDataset:
                 f"{self.missing} of {self._total} images are missing below {self.root} and {len(self._corrupt)} are "
                 f"corrupt{f' (e.g. {self._reason})' if self._reason else ''}; data.max_missing_fraction is "
                 f"{self._max_missing_fraction:g}",
-                remedy="complete the images, keep only rows that you have by data.image_prefixes, or raise the limit",
+                remedy="complete the images, raise data.max_missing_fraction, or in a new run set data.image_prefixes",
             )
 
 
@@ -203,8 +215,8 @@ def _is_no_path_below(image: str) -> tuple[str, str] | None:
     return None
 
 
-def image_bytes(path: Path) -> bytes:
-    """The file's bytes, at most MOST_BYTES of them. Raises Unreadable if it is no plain file, or larger.
+def image_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The file's first bytes, at most `most` of them. Raises Unreadable if it is no plain file, or larger.
 
     A pipe or a device in an image's place would be waited for, or read, for ever.
     """
@@ -216,7 +228,7 @@ def image_bytes(path: Path) -> bytes:
             if status.st_size > MOST_BYTES and not file.read(8).startswith(MAY_GO_ON):
                 raise Unreadable(f"has {status.st_size} bytes, more than the {MOST_BYTES} that are read of an image")
             file.seek(0)
-            return file.read(MOST_BYTES)
+            return file.read(most)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror}") from None
 

@@ -126,6 +126,8 @@ def check_run(config: RunConfig, platform: Platform, job: Job, read: list[inputs
     yield host.check_disk(Path(config.output_dir), needs)
     records: list[CaptionRecord] = []
     yield inputs.check_data(config, records, read)
+    if config.model.path is not None and records:
+        yield inputs.check_prompts(config, records)
     if config.rewards.endpoint is not None:
         yield inputs.check_judge(config, records)
 

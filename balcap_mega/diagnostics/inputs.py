@@ -19,6 +19,7 @@ from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.huggingface.files import check_checkpoint as check_tensors
 from balcap_mega.models.huggingface.fingerprint import checkpoint_digest
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
+from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.host import node_name
 from balcap_mega.rewards.mllm.judge import QUESTIONS, MllmJudge
 from balcap_mega.rewards.mllm.measure import measure
@@ -83,6 +84,19 @@ def compare_inputs(read: Sequence[NodeInputs]) -> Finding:
                 "give all nodes the same data.path, data.image_root and model.path",
             )
     return ok(f"rows, images and checkpoint are the same on {len(read)} nodes")
+
+
+@check("prompts")
+def check_prompts(config: RunConfig, records: list[CaptionRecord]) -> Finding:
+    """Does the checkpoint's chat template take images, and do the first records leave the engine room for captions?"""
+    processor = PromptProcessor(config.model.path)
+    tokens = [processor.check(record) for record in records]
+    most = config.rollout.max_model_len
+    if max(tokens) >= most:
+        count = sum(length >= most for length in tokens)
+        remedy = "raise rollout.max_model_len, or shrink the pictures by data.max_pixels"
+        return fail(f"{count} of the first {len(tokens)} records take {most} tokens or more", remedy)
+    return ok(f"of {min(tokens)} to {max(tokens)} tokens in the first {len(tokens)} records, of {most}")
 
 
 @check("judge")

@@ -45,6 +45,7 @@ class PromptProcessor:
 
     def __init__(self, folder: str | Path):
         declare_torchvision_operators()
+        self.folder = folder
         try:
             self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises nothing narrower for a file of its own that it cannot read
@@ -55,6 +56,7 @@ class PromptProcessor:
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._family = FAMILIES[self._config.model_type]
         self._tokenizer = self._processor.tokenizer
+        self._text_lengths: dict[str, int] = {}  # of prompts as rendered; a dataset has few that differ
         self.eos_token_ids = _eos_token_ids(Path(folder), self._tokenizer.eos_token_id)
         self.banned_token_ids = self._media_token_ids()
 
@@ -79,6 +81,35 @@ class PromptProcessor:
         """The chat template's text with one unexpanded image placeholder: what vLLM is given beside the image."""
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         return self._processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+    def prompt_length(self, prompt: str, size: tuple[int, int]) -> int:
+        """Tokens of a prompt about a picture of `size` (width, height), which need not be decoded for it."""
+        if prompt not in self._text_lengths:
+            self._text_lengths[prompt] = len(self._tokenizer(self.prompt_text(prompt)).input_ids)
+        counts = self._processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])  # what vLLM reckons with, too
+        return self._text_lengths[prompt] - 1 + counts.num_image_tokens[0]
+
+    def check(self, record: CaptionRecord) -> int:
+        """Render and process one prompt as a run does; return its number of tokens.
+
+        Raises UserError for a chat template that is absent, fails, or makes no prompt with one image and its text.
+        """
+        where = f"model.path={self.folder}"
+        remedy = "save the processor there that the model was published with, its chat template takes images"
+        if self._processor.chat_template is None:
+            raise UserError(f"{where} holds no chat template (chat_template.jinja)", remedy=remedy)
+        try:
+            text = self.prompt_text(record.prompt)
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise UserError(
+                f"{where}: its chat template fails on an image and a text ({type(error).__name__}: {error})",
+                remedy=remedy,
+            ) from error
+        images = text.count(self._processor.image_token)
+        if images != 1 or record.prompt not in text:
+            problem = f"makes {images} images" if images != 1 else "leaves the text out"
+            raise UserError(f"{where}: its chat template {problem} of a message of one image and a text", remedy=remedy)
+        return len(self(record).prompt_token_ids)
 
     def engine_prompt(self, record: CaptionRecord) -> dict[str, Any]:
         """The record as a vLLM prompt; the engine expands the image tokens itself."""

@@ -74,7 +74,7 @@ def assign_rows(
             needed = -(-longest // pad_to) * pad_to
             raise UserError(
                 f"prompt {index} with its longest caption takes {longest} tokens, and a row holds {capacity}",
-                remedy=f"set packing.row_tokens to {needed} or more, or lower rollout.max_tokens",
+                remedy=f"set packing.row_tokens to {needed} or more, or in a new run lower rollout.max_tokens",
             )
         if shared_prefix:
             pieces += _split(Piece(index, captions), costs, capacity)

@@ -220,7 +220,7 @@ class RolloutEngine:
             raise UserError(
                 f"record {request.record_index} does not fit "
                 f"rollout.max_model_len={self.config.max_model_len}: {error}",
-                remedy="raise rollout.max_model_len or lower data.max_pixels",
+                remedy="in a new run raise rollout.max_model_len or lower data.max_pixels",
             ) from error
 
     def _waited_for(

@@ -50,7 +50,7 @@ class SeenRecord:
         what = f"{self.id!r} with other pixels" if same else f"{self.id!r} here and {other.id!r} there"
         raise UserError(
             f"{self.by} and {other.by} do not load the same data: record {self.index} is {what}",
-            remedy="give both hosts the same data.path and data.image_root (torchrun launch/doctor.py compares them)",
+            remedy="copy annotations and images from one host to the other (torchrun launch/doctor.py compares them)",
         )
 
 

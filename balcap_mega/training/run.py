@@ -28,6 +28,7 @@ from balcap_mega.training.learner import UpdateResult
 from balcap_mega.training.observe.console import Console
 from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read_metrics
 from balcap_mega.training.observe.report import SAMPLES, write_report
+from balcap_mega.training.prompt_fit import fitting
 from balcap_mega.training.trainer import Trainer
 
 
@@ -47,6 +48,8 @@ def run(config: RunConfig) -> None:
     with watchdog, full_disk_is_named(folder.root), folder.held() if leads else nullcontext():
         train_set, eval_set = build_datasets(config.data, config.seed)
         inputs = agreed_inputs(config, folder, train_set, eval_set)
+        if config.model.path is not None:
+            train_set, eval_set = fitting(config, (train_set, eval_set), platform.device)
         if leads:  # not before: what is refused so far may be mended by other values of the configuration
             if not resuming:
                 write_text(folder.config, dump_config(config))

@@ -132,8 +132,8 @@ def _wrong_with(step: int, result: UpdateResult, config: HealthConfig) -> Findin
 
 
 def _trends(config: HealthConfig, components: Iterable[str]) -> list[Trend]:
-    judge = "look at the judge's replies for some captions; without this reward, set its weight to 0"
-    learning = "go back to a checkpoint from before, with a lower optimizer.learning_rate"
+    judge = "look at the judge's replies for some captions; in a new run without this reward, set its weight to 0"
+    learning = "start a new run with a lower optimizer.learning_rate"
     rewards = [
         trend
         for name in components
@@ -149,7 +149,7 @@ def _trends(config: HealthConfig, components: Iterable[str]) -> list[Trend]:
         Trend("skipped", "policy/updates_skipped", operator.gt, config.skipped, "the share of updates left out",
               "go back to the last checkpoint and look at what made the first of them fail", sound=False),
         Trend("truncated", "rollout/truncated", operator.gt, config.truncated,
-              "the share of captions cut at rollout.max_tokens, whose ends nobody has judged",
+              "the share of captions cut at the token limit, whose ends nobody has judged",
               "in a new run raise rollout.max_tokens or set algorithm.truncated=mask", sound=True),
         Trend("low_entropy", "policy/entropy", operator.lt, config.low_entropy,
               "the policy says the same whatever is drawn", f"{learning}, or with algorithm.entropy_weight"),

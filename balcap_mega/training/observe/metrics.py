@@ -121,7 +121,6 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=done)
 
-
     def late(self, steps: int, metrics: Mapping[str, float]) -> None:
         """Log what is known only now about the weights after `steps` steps: a row of its own in benchmarks.jsonl."""
         if self._board is None:
