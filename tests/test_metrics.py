@@ -4,6 +4,7 @@ import io
 import json
 import re
 import time
+from collections import Counter
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -130,3 +131,21 @@ def test_only_the_first_rank_speaks():
 
 def test_clock():
     assert [clock(seconds) for seconds in (0, 59.6, 3599, 36000)] == ["0:00", "1:00", "59:59", "10:00:00"]
+
+
+def test_the_judges_counts_are_of_one_step_and_of_all_ranks():
+    from balcap_mega.rewards.mllm.judge import JudgeReport
+    from balcap_mega.training.observe.judge_metrics import difference, judge_metrics, total
+
+    before = JudgeReport(
+        requests=10, prompt_tokens=100, limit=8, failures=Counter(timeout=1), retries=Counter(http_429=2)
+    )
+    now = JudgeReport(
+        requests=14, prompt_tokens=180, limit=12, failures=Counter(timeout=1), retries=Counter(http_429=5)
+    )
+    step = difference(now, before)
+    both = judge_metrics(total([step, JudgeReport(requests=1, limit=4, failures=Counter(refusal=1))]))
+    assert (both["judge/requests"], both["judge/prompt_tokens"], both["judge/concurrency"]) == (5, 80, 16)
+    assert (both["judge/retries"], both["judge/retries/http_429"]) == (3, 3)
+    assert (both["judge/failures"], both["judge/failures/refusal"]) == (1, 1) and "judge/failures/timeout" not in both
+    assert judge_metrics(None) == {}

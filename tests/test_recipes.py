@@ -1,6 +1,7 @@
 """The recipes in miniature: their own configuration files, a tiny model, real photos, a local judge."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,8 @@ def test_recipe_runs_in_miniature(recipe, tiny_checkpoint, tmp_path):
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for row in rows:
+        assert row["judge/requests"] >= 4 * 2 and row["judge/completion_tokens"] > 0 < row["judge/concurrency"]
+        assert row["judge/failures"] == row["judge/retries"] == row["judge/missing"] == 0
         assert row["rollout/logprob_difference_max"] <= 1e-4
         assert row["reward/precision_missing"] == row["reward/linguistic_missing"] == 0.0
     assert list((output / "policy").glob("*.safetensors"))
@@ -127,10 +130,11 @@ def test_judge_that_never_answers_stops_the_run_and_loses_nothing(tiny_checkpoin
     with JudgeServer() as judge:
         overrides = miniature(tiny_checkpoint("qwen2_5_vl"), output, judge.base_url)
         assert train("qwen2_5_vl_7b", [*overrides, "steps=1"]).returncode == 0
-        judge.faults["cover"] = [Fault(stall=3600)] * 1000
+        judge.faults["cover"] = [Fault()] * 2 + [Fault(stall=3600)] * 1000  # each rank's check is answered
         impatient = ["rewards.endpoint.max_retries=0", "rewards.endpoint.timeout_seconds=3"]
         done = train("qwen2_5_vl_7b", [*overrides, *impatient])
         assert done.returncode != 0
+        assert re.search(r"failed requests: timeout x\d+", done.stderr), "the run says why"
         assert "the judge failed for too many" in done.stderr and "resume from the last checkpoint" in done.stderr
         assert "(rank 0 was in rewards of step 2)" in done.stderr
         assert (output / "checkpoints" / "latest").read_text().strip() == "step_000001"

@@ -28,8 +28,9 @@ def refuse_missing(
     if worst[0] > max_fraction:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in zip(batch.names, missing.tolist()))
         met = ", ".join(f"{reason} x{count}" for reason, count in sorted((reasons or {}).items(), key=lambda x: -x[1]))
+        none = "not counted" if reasons is None else "none"
         raise TooManyMissing(
             f"the judge failed for too many of {captions}: missing {shares}; "
-            f"rewards.max_missing_fraction is {max_fraction:.1%}; failed requests: {met or 'not counted'}",
+            f"rewards.max_missing_fraction is {max_fraction:.1%}; failed requests: {met or none}",
             remedy="look at the judge's endpoint (the log has the request ids) and resume from the last checkpoint",
         )

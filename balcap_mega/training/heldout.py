@@ -1,7 +1,7 @@
 """Held-out evaluation: one greedy caption an image, judged, before and after reinforcement learning."""
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -80,9 +80,11 @@ def evaluate_held_out(
     timeout_seconds: float,
     max_missing_fraction: float,
     quotes: Container[int] = (),
+    met: Callable[[], Mapping[str, int] | None] = lambda: None,
 ) -> HeldOutResult:
     """Caption the records greedily and judge each caption. A collective: the engines share the records out.
 
+    met: why requests failed meanwhile, on any rank; called once, on all ranks
     What goes wrong on one rank is raised on all of them. Raises TooManyMissing by the rule that steps have too.
     """
     judging = Judging(judge if replica.is_leader else None, records, length, timeout_seconds, quotes)
@@ -93,7 +95,7 @@ def evaluate_held_out(
         ]
     captions = replica.gather(mine)
     rewards = build_reward_batch([[caption.score] for caption in captions])
-    refuse_missing(rewards, max_missing_fraction, captions="the held-out captions")
+    refuse_missing(rewards, max_missing_fraction, met(), captions="the held-out captions")
     return HeldOutResult(tuple(captions))
 
 

@@ -26,6 +26,7 @@ from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out
 from balcap_mega.training.judging import Judging, patience
 from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
+from balcap_mega.training.observe.judge_metrics import JudgeMeter, judge_metrics, reasons
 from balcap_mega.training.observe.metrics import PhaseTimer
 from balcap_mega.training.observe.step_metrics import step_metrics
 from balcap_mega.training.truncation import without_truncated
@@ -48,6 +49,9 @@ class Trainer:
     checkpoints: CheckpointWriter
     stop: StopRequest
     health: Health
+
+    def __post_init__(self) -> None:
+        self.meter = JudgeMeter(self.judge if self.replica.is_leader else None)
 
     def step(self, number: int) -> dict[str, float]:
         """Run step `number` (from 0) and return its metrics. A collective.
@@ -74,7 +78,8 @@ class Trainer:
                     scored = judging.scored(mine)
                 groups, judged = zip(*self.replica.gather(scored), strict=True)
                 rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
-                refuse_missing(rewards, self.config.rewards.max_missing_fraction)
+                asked = self.meter.read()
+                refuse_missing(rewards, self.config.rewards.max_missing_fraction, reasons(asked))
             with phase("advantages"):
                 advantages = compute_advantages(rewards.to(device), self.config.algorithm)
             with phase("packing"), failing_together(device):
@@ -89,7 +94,7 @@ class Trainer:
         with phase("refit"):
             self.refit.run(offload=self.learner.offload)
         metrics = step_metrics(groups, rewards, advantages, batches, updates, phase.seconds)
-        return metrics | {f"memory/{name}": value for name, value in phase.memory.items()}
+        return metrics | judge_metrics(asked) | {f"memory/{name}": value for name, value in phase.memory.items()}
 
     def update(
         self, minibatches: Sequence[Sequence[Microbatch]], accept: Callable[[UpdateResult], bool]
@@ -127,6 +132,7 @@ class Trainer:
                 patience(self.config.rewards),
                 self.config.rewards.max_missing_fraction,
                 quotes,
+                met=lambda: reasons(self.meter.read()),
             )
 
     def refuse(self, findings: Sequence[Finding], steps: int) -> None:

@@ -68,6 +68,15 @@ COLUMNS = (
     Column("refit", 6, number("seconds/refit", ".1f"), "dim"),
 )
 
+JUDGE_COLUMNS = (  # of a judge that is asked over a network
+    Column("at once", 8, number("judge/concurrency", ".0f"), "dim"),
+    Column("written", 8, number("judge/completion_tokens", ".0f"), "dim"),
+    Column("read", 9, number("judge/prompt_tokens", ".0f"), "dim"),
+    Column("cached%", 8, lambda m: f"{100 * m['judge/cached_tokens'] / max(m['judge/prompt_tokens'], 1):.0f}", "dim"),
+    Column("retries", 8, number("judge/retries", ".0f"), "dim"),
+    Column("failed", 7, number("judge/failures", ".0f"), "dim"),
+)
+
 
 class Console:
     """Prints on the first rank; does nothing where `enabled` is False."""
@@ -82,6 +91,7 @@ class Console:
         file: IO[str] | None = None,
     ) -> None:
         self.config, self.inputs = config, inputs
+        self._columns = (*COLUMNS, *(JUDGE_COLUMNS if config.rewards.judge == "mllm" else ()))
         self._rich = RichConsole(file=file, quiet=not enabled, highlight=False, soft_wrap=True)
         if not self._rich.is_terminal:
             self._rich.width = PLAIN_WIDTH
@@ -129,12 +139,12 @@ class Console:
         if self._lines == 0:
             self._section(f"Reinforcement learning, to step {total}")
         if self._lines % HEADING_EVERY == 0:
-            heads = [column.cell(column.title, "bold") for column in COLUMNS]
+            heads = [column.cell(column.title, "bold") for column in self._columns]
             self._line([Text("step".ljust(len(place)), "bold"), *heads, Text("    left", "bold")])
         self._lines += 1
         self._durations.append(metrics["seconds/step"])
         left = clock(fmean(self._durations) * (total - step - 1))
-        self._line([Text(place), *(column.cell(column.text(metrics)) for column in COLUMNS), Text(left.rjust(8))])
+        self._line([Text(place), *(column.cell(column.text(metrics)) for column in self._columns), Text(left.rjust(8))])
 
     def findings(self, findings: Sequence[Finding]) -> None:
         """What is wrong with the step whose line was the last; one that stops the run is told as its error."""
