@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from balcap_mega.config.load import dotted_keys, dump_config, load_config
+from balcap_mega.config.explain import explain
+from balcap_mega.config.load import dotted_fields, dotted_keys, dump_config, load_config
 from balcap_mega.errors import UserError
 
 BASE = "output_dir: runs/x\nmodel: {tiny: llava}\n"
@@ -157,3 +158,17 @@ def test_torchrun_closes_with_the_error(tmp_path):
     *_, status, _, closing, _ = done.stderr.strip().splitlines()
     assert "exitcode  : 2" in status
     assert closing.endswith("error: seed=x is refused — give a number")
+
+
+def test_every_key_says_what_it_is_for():
+    assert not [key for key, field in dotted_fields() if not field.description]
+
+
+def test_explain_gives_type_bounds_and_default():
+    text = explain("rollout")
+    assert "rollout.group_size: int, >= 2, default 8\n    Captions" in text
+    assert "rollout.memory_fraction: float, > 0, < 1, default 0.6, may change when the run goes on" in text
+    assert "algorithm.dual_clip: float | null, > 1, default null" in explain("algorithm.dual_clip")
+    assert explain("rollout.top_p").count("default") == 1 and "rollout" not in explain("model")
+    with pytest.raises(UserError, match=r"--explain rollout\.groupsize: no such"):
+        explain("rollout.groupsize")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from balcap_mega.config.schema import RunConfig, Section
 from balcap_mega.errors import UserError
@@ -99,14 +100,18 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
+def dotted_fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key a file may hold, sections before what is in them (`*`: any name): `model`, `model.path`, …"""
     for name, field in section.model_fields.items():
-        yield prefix + name
+        yield prefix + name, field
         entry = "*." if get_origin(field.annotation) is dict else ""
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, Section):
-                yield from dotted_keys(kind, f"{prefix}{name}.{entry}")
+                yield from dotted_fields(kind, f"{prefix}{name}.{entry}")
+
+
+def dotted_keys() -> Iterator[str]:
+    return (key for key, _ in dotted_fields())
 
 
 def _read(path: Path) -> dict[str, Any]:

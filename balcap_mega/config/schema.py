@@ -3,6 +3,8 @@
 Unknown keys are refused (`load.py` names the nearest one). Checks that need only one section stand with it; checks
 across sections stand in `RunConfig`. Their messages read "problem; remedy", which `load.py` splits.
 
+The string below a key says what it is for; `launch/pretrain_rl.py --explain` prints them all.
+
 A key that is marked `MAY_CHANGE` may have another value when a run goes on; any other key would make it another run.
 The mark on a section stands for every key in it.
 """
@@ -22,19 +24,26 @@ COMPONENTS = ("precision", "recall", "linguistic")  # of the reward, as a judge 
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
     """The policy: a Hugging Face folder, or a small random one made on the spot for the CPU quickstart and tests."""
 
     path: str | None = None
-    tiny: str | None = None  # a family of balcap_mega/models/families, by name
+    """Hugging Face folder that training starts from."""
+    tiny: str | None = None
+    """Make a small random model of this family instead of reading `path`; a name in balcap_mega/models/families."""
     freeze_vision: bool = True
+    """Leave the vision tower and its projector as they are."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and activations; master weights, moments and gradients are float32."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """FP8 format of the decoder's linear layers; needs a GPU and Transformer Engine."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "blockwise"
+    """How FP8 scales are chosen."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that backward computes again instead of keeping them."""
 
     @model_validator(mode="after")
     def one_source(self):
@@ -53,22 +62,26 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Megatron layout; data parallelism is what remains of the world size.
-
-    offload: engine and learner take turns in the device's memory. The engine sleeps while the learner trains; gradients
-        and the optimizer's state leave the device while the engine generates. `auto`: on GPUs.
-    A run ends when no rank has finished anything for `timeout_seconds`, or one gave no sign of life for
-    `silence_seconds`. The default is below the 600 s after which PyTorch aborts collectives of groups that others made.
-    """
+    """Megatron layout; data parallelism is what remains of the world size."""
 
     tensor: Positive = 1
+    """Ranks that share each layer."""
     pipeline: Positive = 1
+    """Stages that the layers are split into."""
     sequence: bool = False
+    """Also split norms and dropout, along the sequence, over the tensor-parallel ranks."""
     distributed_optimizer: bool = True
+    """Split float32 weights and moments over data-parallel ranks."""
     offload: Literal["auto", "always", "never"] = "auto"
+    """Use the device's memory one after the other: the engine sleeps while the learner trains, and gradients and
+    optimizer state leave the device while the engine generates. `auto`: on GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the GPU where there is one."""
     timeout_seconds: Positive = 540
+    """End the run when no rank has finished anything for so long. The default is below the 600 s after which PyTorch
+    aborts collectives."""
     silence_seconds: Annotated[int, Field(ge=5)] = 60
+    """End the run when one rank has given no sign of life for so long."""
 
     @model_validator(mode="after")
     def sequence_needs_tensor(self):
@@ -78,26 +91,33 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """`scenes` draws its images from the seed; the others read `path` and find images under `image_root`.
-
-    eval_among: the images held out are the `eval_size` of the lowest path hashes among the first so many of the file;
-        by default the first `eval_size` themselves. Rows that are appended then move none. Give it where a file is
-        sorted, as many images as it has now; in a file that has fewer, appended rows still move some.
-    too_long: what becomes of records whose prompt and picture leave no room for a caption in rollout.max_model_len.
-        They are found before the first step; at most `max_missing_fraction` of a dataset may be left out.
-    """
+    """`scenes` draws its images from the seed; the others read `path` and find images under `image_root`."""
 
     source: Literal["scenes", "sharegpt4v", "jsonl"] = "scenes"
+    """Where records come from; `scenes` draws them."""
     path: str | None = None
+    """Annotation file of sharegpt4v and jsonl."""
     image_root: str | None = None
-    image_prefixes: tuple[str, ...] = ()  # keep only images whose path starts with one of these
+    """Folder that the annotations' image paths start from."""
+    image_prefixes: tuple[str, ...] = ()
+    """Keep only images whose path starts with one of these."""
     train_size: Positive = 4096
+    """Records to train on."""
     eval_size: Positive = 256
+    """Held-out records."""
     eval_among: Positive | None = None
+    """Hold out the `eval_size` images of the lowest path hashes among the first so many of the file; null: the first
+    `eval_size` themselves. Rows that are appended then move none. Give it where a file is sorted, as many images as it
+    has now; in a file that has fewer, appended rows still move some."""
     image_backend: Literal["pil", "dali"] = "pil"
-    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None  # larger pictures are shrunk to it as they are loaded
+    """What decodes JPEGs."""
+    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None
+    """Shrink larger pictures to this as they are loaded."""
     max_missing_fraction: Annotated[Fraction, MAY_CHANGE] = 0.01
+    """Stop when a larger share of images cannot be read."""
     too_long: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of records whose prompt and picture leave no room for a caption in rollout.max_model_len. They are
+    found before the first step; at most `max_missing_fraction` of a dataset may be left out."""
 
     @model_validator(mode="after")
     def files_need_a_path(self):
@@ -110,44 +130,53 @@ class WarmupConfig(Section):
     """Supervised steps before RL. On `scenes` they teach a fluent captioner with realistic flaws."""
 
     steps: Annotated[int, Field(ge=0)] = 0
+    """Supervised steps; 0: none."""
     batch_size: Positive = 64
+    """Captions a step, over all ranks."""
     learning_rate: NonNegative = 1e-3
+    """Peak, after a linear rise and before half a cosine to 0."""
 
 
 class RolloutConfig(Section):
-    """vLLM: prompts a step, captions a prompt, and how they are sampled.
-
-    top_p: below 1, captions come from the nucleus alone, while the trainer differentiates the whole distribution. That
-        bias is not corrected, and neither ratio nor mismatch shows it; a run says so as it begins.
-    memory_fraction: what the engine may take of a GPU, weights and cache and all. The learner's weights stay beside it;
-        what else the learner needs does not, unless `parallel.offload` is never.
-    """
+    """vLLM: prompts a step, captions a prompt, and how they are sampled."""
 
     prompts_per_step: Positive = 64
+    """Images a step, over all ranks."""
     group_size: Annotated[int, Field(ge=2)] = 8
+    """Captions sampled for each image (G)."""
     max_tokens: Positive = 512
+    """Longest caption."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of sampling and of the trainer's logprobs alike."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus to sample from. Below 1 the trainer still differentiates the whole distribution: that bias is not
+    corrected, and neither ratio nor mismatch shows it; a run says so as it begins."""
     tensor_parallel: Annotated[Positive, MAY_CHANGE] = 1
+    """Consecutive ranks that share one engine."""
     max_model_len: Positive = 4096
+    """Longest image, prompt and caption together, in tokens."""
     memory_fraction: Annotated[float, Field(gt=0, lt=1), MAY_CHANGE] = 0.6
+    """Share of a GPU's memory for the engine, weights and cache together. The learner's weights stay beside it."""
     fp8: bool = False
-    verify_refit_every: Annotated[int, Field(ge=0), MAY_CHANGE] = 50  # checksums of every n-th refit; 0: never
+    """Quantise the engine's decoder; needs a GPU and algorithm.importance_cap."""
+    verify_refit_every: Annotated[int, Field(ge=0), MAY_CHANGE] = 50
+    """Compare checksums of all weights in every n-th refit; 0: never."""
     timeout_seconds: Annotated[Positive, MAY_CHANGE] = 600
+    """Longest wait for a step's captions, and for another rank in a refit."""
 
 
 class LengthGateConfig(Section):
-    """Caption length over reference length, both in `unit`; the bounds are inclusive. τ_l and τ_u of BalCapRL.
-
-    words: of any script, by `balcap_mega.algorithm.words`: what stands between blanks, and where words have none
-    between them, by their letters.
-    components: the rewards that length control acts on, the gate and the linear penalty alike
-    """
+    """Caption length over reference length, both in `unit`; the bounds are inclusive. τ_l and τ_u of BalCapRL."""
 
     lower: NonNegative = 0.5
+    """τ_l: least length over reference length that passes."""
     upper: NonNegative = 2.0
+    """τ_u: largest length over reference length that passes."""
     unit: Literal["words", "tokens"] = "words"
+    """Words of any script: what stands between blanks, and where words have none between them, by their letters
+    (`balcap_mega.algorithm.words`)."""
     components: tuple[str, ...] = ("linguistic",)
+    """Rewards that length control acts on, the gate and the linear penalty alike."""
 
     @model_validator(mode="after")
     def ordered(self):
@@ -160,32 +189,45 @@ class LengthGateConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """Rewards to gradient. Weights go by name, never by position.
-
-    truncated: what a caption is worth that was cut at rollout.max_tokens. `score`: what the judge says of it, like any
-        other. `mask`: it is judged and counts in its group's mean and deviation, but is left out of the loss.
-    """
+    """Rewards to gradient. Weights go by name, never by position."""
 
     weights: dict[str, NonNegative] = {
         "precision": 1.0,
         "recall": 1.0,
         "linguistic": 1.0,
     }
+    """Of each reward in the sum of normalised rewards."""
     normalization: Literal["gdpo", "grpo"] = "gdpo"
+    """gdpo: normalise each reward in its group, then sum. grpo: sum, then normalise."""
     length_control: Literal["gate", "linear", "none"] = "gate"
+    """What becomes of the linguistic reward of captions that are too long or too short."""
     gate: LengthGateConfig = LengthGateConfig()
+    """The bounds of `length_control: gate`."""
     linear_penalty: NonNegative = 1.0
+    """Slope of `length_control: linear`."""
     whiten: bool = True
+    """Normalise advantages over the batch, by sequence."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """ε_low: ratios below 1 - ε_low are clipped."""
     clip_high: Annotated[float, Field(gt=0)] = 0.28
+    """ε_high: ratios above 1 + ε_high are clipped."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound of the ratio where the advantage is negative; null: none."""
     kl_weight: NonNegative = 0.0
+    """Of the KL divergence (k3) from the policy that RL started with; 0: none, and no reference is kept."""
     importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    """Largest weight that corrects for the engine's own logprobs; null: no correction."""
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
+    """How token losses become one loss."""
     ratio_level: Literal["token", "sequence"] = "token"
+    """Ratio of each token, or of the whole sequence."""
     entropy_weight: NonNegative = 0.0
+    """Of the entropy bonus."""
     truncated: Literal["score", "mask"] = "score"
+    """What a caption is worth that was cut at rollout.max_tokens. score: what the judge says of it. mask: it counts in
+    its group's mean and deviation, but is left out of the loss."""
     fused: bool = True
+    """Use the Triton kernels where they can run."""
 
     @model_validator(mode="after")
     def some_weight(self):
@@ -199,24 +241,22 @@ QUESTIONS_OF = {"precision": ("split", "verify"), "recall": ("units", "cover"), 
 
 
 class DialectConfig(Section):
-    """How an endpoint's server differs from the chat completions that OpenAI documents.
-
-    token_limit:     what the limit of a reply is called
-    temperature:     whether temperature and top_p may be sent; some models take no other than their own
-    seed:            whether a seed may be sent
-    replies:         how JSON is asked for; `none` leaves it to the prompt
-    patterns:        whether a JSON schema may hold regular expressions
-    thinking_tokens: added to the limit of every reply, for a judge that thinks before it answers
-    extra_body:      sent as it stands, such as {chat_template_kwargs: {enable_thinking: false}}; never a key
-    """
+    """How an endpoint's server differs from the chat completions that OpenAI documents."""
 
     token_limit: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
+    """What the limit of a reply is called."""
     temperature: bool = True
+    """Send temperature and top_p; some models take no other than their own."""
     seed: bool = True
+    """Send a seed."""
     replies: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """How JSON is asked for; none: by the prompt alone."""
     patterns: bool = True
+    """Let a JSON schema hold regular expressions."""
     thinking_tokens: Annotated[int, Field(ge=0)] = 0
+    """Added to the limit of every reply, for a judge that thinks before it answers."""
     extra_body: dict[str, JsonValue] = {}
+    """Sent as it stands, such as {chat_template_kwargs: {enable_thinking: false}}; never a key."""
 
     @field_validator("extra_body")
     @classmethod
@@ -229,20 +269,26 @@ class DialectConfig(Section):
 class JudgeEndpoint(Section):
     """An OpenAI-compatible endpoint. The key is read from the environment variable `api_key_env`, never from here.
 
-    base_url:    its address, or a list of them: each serves the same model, and an image's requests go to one of them
-    concurrency: requests that an address gets at once from the whole job, at most; fewer while it labours
     What stands here is shown in logs and reports, so an address with credentials in it is refused.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
     base_url: str | tuple[str, ...]
+    """Address such as http://judge:8000/v1, or a list of them: each serves the same model, and an image's requests go
+    to one of them."""
     model: str
+    """Name that the endpoint serves the model under."""
     api_key_env: str | None = None
+    """Environment variable that holds the key."""
     concurrency: Positive = 64
+    """Most requests that an address gets at once from the whole job; fewer while it labours."""
     timeout_seconds: Positive = 120
+    """Longest wait for one reply."""
     max_retries: Annotated[int, Field(ge=0)] = 4
+    """Times that a failed request is sent again."""
     dialect: DialectConfig = DialectConfig()
+    """How the server differs from what OpenAI documents."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -286,11 +332,17 @@ class RewardConfig(Section):
     """
 
     judge: Literal["scenes", "mllm"] = "scenes"
+    """The rules of `scenes`, or a multimodal LLM."""
     endpoint: Annotated[JudgeEndpoint | None, MAY_CHANGE] = None
+    """The multimodal judge."""
     component_endpoints: Annotated[dict[Literal["precision", "recall", "linguistic"], JudgeEndpoint], MAY_CHANGE] = {}
+    """Another endpoint for some rewards, by reward."""
     question_endpoints: Annotated[dict[JudgeQuestion, JudgeEndpoint], MAY_CHANGE] = {}
+    """Another endpoint for some questions, by question."""
     cache_dir: Annotated[str | None, MAY_CHANGE] = None
+    """Folder for reference units and judgements that are asked once."""
     max_missing_fraction: Annotated[Fraction, MAY_CHANGE] = 0.2
+    """Stop a step before its update when a larger share of rewards is missing."""
 
     def endpoints(self) -> dict[str, JudgeEndpoint]:
         """Whom each question goes to, by the question's name; empty where no LLM judges."""
@@ -322,56 +374,69 @@ class PackingConfig(Section):
     """Microbatches of at most `row_tokens` tokens; each prompt's image and text once, unless told otherwise."""
 
     row_tokens: Positive = 16384
+    """Most tokens in a microbatch."""
     shared_prefix: bool = True
+    """Compute image and prompt once for all captions of a group."""
 
 
 class OptimizerConfig(Section):
     learning_rate: NonNegative = 1e-6
+    """After `warmup_steps`; constant."""
     weight_decay: NonNegative = 0.0
+    """Of matrices; vectors are not decayed."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's ε."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    updates_per_step: Positive = 1  # minibatches that one step's rollouts are split into
+    """Gradients with a larger global norm are scaled down to it."""
+    updates_per_step: Positive = 1
+    """Minibatches that one step's rollouts are split into."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of the learning rate's linear rise."""
 
 
 class UpdateCheck(Section):
     """What an update may not be past, and whether it is applied all the same (warn), left out (skip), or the last."""
 
     policy: Literal["stop", "skip", "warn"]
+    """warn: apply the update all the same. skip: leave it out. stop: end the run before it."""
     bound: NonNegative
+    """What the value may not exceed."""
 
 
 class TrendCheck(Section):
     """What a metric may not be past in `steps` steps in a row, and whether the run then stops or only says so."""
 
     policy: Literal["stop", "warn"]
+    """What happens after `steps` such steps."""
     bound: NonNegative
+    """What the metric may not be past."""
     steps: Positive
+    """Steps in a row."""
 
 
 class HealthConfig(Section):
-    """What is wrong with a run, and what then happens; `balcap_mega.training.guard.health` says what each is about.
-
-    non_finite:      loss, gradients or logprobs; an update that is left out (skip) moves neither weights nor optimizer
-    mismatch:        nats by which trainer and engine differ in a token's logprob, on average
-    skipped:         share of a step's updates that were left out
-    constant_reward: standard deviation of a component over the step's captions
-    missing_reward:  share of captions without a component; one step past rewards.max_missing_fraction is the last
-    truncated:       share of captions that were cut at rollout.max_tokens
-    low_entropy:     nats a token
-    short_captions, long_captions: caption length over reference length
-    """
+    """What is wrong with a run, and what then happens; `balcap_mega.training.guard.health` says what each is about."""
 
     non_finite: Literal["stop", "skip"] = "stop"
+    """Loss, gradients or logprobs. skip: leave the update out, it moves neither weights nor optimizer."""
     mismatch: UpdateCheck = UpdateCheck(policy="stop", bound=0.2)
+    """Nats by which trainer and engine differ in a token's logprob, on average."""
     skipped: TrendCheck = TrendCheck(policy="stop", bound=0.0, steps=10)
+    """Share of a step's updates that were left out."""
     constant_reward: TrendCheck = TrendCheck(policy="warn", bound=1e-6, steps=20)
+    """Standard deviation of a reward over the step's captions."""
     missing_reward: TrendCheck = TrendCheck(policy="warn", bound=0.1, steps=20)
+    """Share of captions without a reward; one step past rewards.max_missing_fraction is the last."""
     truncated: TrendCheck = TrendCheck(policy="warn", bound=0.5, steps=20)
+    """Share of captions that were cut at rollout.max_tokens."""
     low_entropy: TrendCheck = TrendCheck(policy="warn", bound=0.01, steps=20)
+    """Nats a token."""
     short_captions: TrendCheck = TrendCheck(policy="warn", bound=0.1, steps=20)
+    """Caption length over reference length."""
     long_captions: TrendCheck = TrendCheck(policy="warn", bound=5.0, steps=20)
+    """Caption length over reference length."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -385,38 +450,48 @@ class CheckpointConfig(Section):
     """Written while training goes on. After a signal the run ends within `grace_seconds`, as a rule with one more."""
 
     every: Positive = 50
+    """Steps between two checkpoints."""
     keep: Positive = 2
+    """Newest checkpoints that stay on disk."""
     timeout_seconds: Positive = 1800
+    """Longest time that writing one may take."""
     grace_seconds: Positive = 300
+    """Longest time from a signal to the end of the run, as a rule with one more checkpoint."""
 
 
 class CaptionQaFiles(Section):
     """CaptionQA's questions (JSON, JSON Lines or Parquet), and a folder of pictures named by their id."""
 
     questions: str
+    """JSON, JSON Lines or Parquet."""
     images: str
-    max_tokens: Positive = 4  # of an answer; a judge that thinks first takes its endpoint's dialect.thinking_tokens
+    """Folder of pictures named by their id."""
+    max_tokens: Positive = 4
+    """Of an answer; a judge that thinks first takes its endpoint's dialect.thinking_tokens."""
 
 
 class DcScoreFiles(Section):
     """DeCapBench's annotations (JSON Lines, with `oracle_caption`), and the folder of its pictures."""
 
     annotations: str
+    """JSON Lines, with `oracle_caption`."""
     images: str
+    """Folder of the pictures."""
 
 
 class BenchmarkConfig(Section):
-    """Benchmarks of the policy every `eval_every` steps, judged beside the training, which they never end or delay.
-
-    endpoint:     the judge; that of `rewards` where there is none. One of its own takes no part of the rewards' rate
-    wait_seconds: what is still judged after the last step is waited for so long
-    """
+    """Benchmarks of the policy every `eval_every` steps, judged beside the training, which they never end or delay."""
 
     captionqa: CaptionQaFiles | None = None
+    """CaptionQA's files; null: not measured."""
     dcscore: DcScoreFiles | None = None
+    """DCScore's files; null: not measured."""
     endpoint: JudgeEndpoint | None = None
+    """The judge; null: that of `rewards`. One of its own takes no part of the rewards' rate."""
     prompt: str = "Describe this image in detail."
+    """What the policy is asked for."""
     wait_seconds: Annotated[int, Field(ge=0, le=480)] = 300
+    """Longest wait, after the last step, for what is still judged."""
 
     @property
     def wanted(self) -> bool:
@@ -427,23 +502,39 @@ class RunConfig(Section):
     """One training run. `balcap_mega.config.load.load_config` builds it from YAML and `key=value` overrides."""
 
     output_dir: Annotated[str, MAY_CHANGE]
+    """Folder for all that the run leaves behind; the same command goes on from what is there."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of data order, sampling, drawn scenes and random weights."""
     steps: Annotated[int, Field(ge=0), MAY_CHANGE] = 1000
-    eval_every: Annotated[int, Field(ge=0), MAY_CHANGE] = 0  # 0: before and after RL only
-    # What of a run's inputs may have other content now than when it began: the rows to train on, what model.path holds.
+    """Steps of reinforcement learning."""
+    eval_every: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
+    """Steps between two evaluations on held-out records; 0: before and after only."""
     accept_changed: Annotated[tuple[Literal["rows", "checkpoint"], ...], MAY_CHANGE] = ()
+    """Inputs that may have other content now than when the run began: the rows to train on, what model.path holds."""
     model: ModelConfig
-    parallel: Annotated[ParallelConfig, MAY_CHANGE] = ParallelConfig()  # checkpoints load at any layout
+    """The policy."""
+    parallel: Annotated[ParallelConfig, MAY_CHANGE] = ParallelConfig()
+    """How the policy is laid out over ranks."""
     data: DataConfig = DataConfig()
+    """Records and images."""
     warmup: WarmupConfig = WarmupConfig()
+    """Supervised steps before RL."""
     rollout: RolloutConfig = RolloutConfig()
+    """The vLLM engine and its sampling."""
     rewards: RewardConfig = RewardConfig()
+    """Who judges."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    """From rewards to gradients."""
     packing: Annotated[PackingConfig, MAY_CHANGE] = PackingConfig()
+    """Microbatches."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
     checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
+    """What a run resumes from."""
     health: Annotated[HealthConfig, MAY_CHANGE] = HealthConfig()
+    """What stops a run that has gone wrong."""
     benchmarks: Annotated[BenchmarkConfig, MAY_CHANGE] = BenchmarkConfig()
+    """Benchmarks of the policy every `eval_every` steps."""
 
     @model_validator(mode="after")
     def benchmarks_are_judged(self):
