@@ -47,6 +47,7 @@ from balcap_mega.config.schema import ParallelConfig, RunConfig
 from balcap_mega.data.scenes.dataset import ScenesDataset
 from balcap_mega.parallel.groups import initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
+from balcap_mega.rewards.components import Rewards
 from balcap_mega.rewards.judge import Assertion, Judgement, Verdict
 from balcap_mega.rollout.refit import build_refit
 from balcap_mega.training.build import build_trainer
@@ -112,7 +113,7 @@ def prepare(folder: Path, config: RunConfig, arguments: argparse.Namespace, plat
     dataset = ScenesDataset(config.data.train_size, 0, "train", image_size=arguments.image_size)
     run_folder, stop = RunFolder(folder / "run"), StopRequest(config.checkpoint.grace_seconds)
     trainer = build_trainer(config, folder, dataset, process_grid(), platform, run_folder, stop)
-    trainer.judge = InstantJudge(torch.distributed.get_rank())
+    trainer.rewards = Rewards(config.rewards, InstantJudge(torch.distributed.get_rank()), {})
     trainer.engine.processor.banned_token_ids += trainer.engine.processor.eos_token_ids  # captions run to their limit
     trainer.engine.sleep()
     trainer.learner.onload()

@@ -98,7 +98,11 @@ class Parts:
     def update(self, health: Health, step: int = 1) -> UpdateResult:
         """An update of the captions that the engine draws now."""
         groups = self.engine.sample(self.prompts, step=0)
-        scores = [[CaptionScore(0.1 * n, 0.5, 0.5, 1.0, 1.0) for n in range(len(group.rollouts))] for group in groups]
+
+        def score(precision: float) -> CaptionScore:
+            return CaptionScore({"precision": precision, "recall": 0.5, "linguistic": 0.5}, 1.0, 1.0)
+
+        scores = [[score(0.1 * n) for n in range(len(group.rollouts))] for group in groups]
         advantages = compute_advantages(build_reward_batch(scores), AlgorithmConfig())
         records = Prompts([prompt.record for prompt in self.prompts], range(len(self.prompts)))
         [microbatches] = self.batches.from_rollouts(records, groups, advantages, 1).minibatches
@@ -178,7 +182,9 @@ def judged(**scores) -> dict[str, float]:
     """A step's reward metrics: two groups of two captions, of 8 words for 10 of the reference unless told otherwise."""
     values = {"precision": (0.2, 0.4, 0.6, 0.8), "recall": (0.1, 0.2, 0.3, 0.4), "linguistic": (0.5, 0.6, 0.7, 0.8)}
     columns = values | {"length": (8.0,) * 4} | scores
-    captions = [CaptionScore(*row, reference_length=10.0) for row in zip(*columns.values(), strict=True)]
+    lengths = columns.pop("length")
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
+    captions = [CaptionScore(row, length, reference_length=10.0) for row, length in zip(rows, lengths, strict=True)]
     rewards = build_reward_batch([captions[:2], captions[2:]])
     return reward_metrics(rewards, compute_advantages(rewards, AlgorithmConfig()))
 

@@ -23,7 +23,7 @@ from balcap_mega.errors import UserError
 from balcap_mega.models.huggingface import fingerprint
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.groups import ProcessGrid
-from balcap_mega.rewards.factory import build_judge
+from balcap_mega.rewards.factory import build_rewards
 from balcap_mega.rollout.engine import request_seed
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
@@ -215,14 +215,14 @@ def test_a_record_that_a_step_has_twice_gets_a_seed_and_a_judgement_for_each_pla
     seeds = [request_seed(0, 7, prompt.record_index, prompt.repeat) for prompt in mine]
     assert len(set(seeds)) == 4 and seeds[:2] == [request_seed(0, 7, 4), request_seed(0, 7, 2)]
 
-    judging = Judging(build_judge(RewardConfig()), prompts, count_words, timeout_seconds=60)
+    judging = Judging(build_rewards(RewardConfig()), prompts, count_words, timeout_seconds=60)
     texts = [record.reference for record in (dataset[4], dataset[2], dataset[0])] + ["Nothing."]
     groups = []
     for prompt, text in zip(mine, texts, strict=True):
         rollout = Rollout((1,), (-1.0,), text, True)
         judging.submit(prompt.place, 0, rollout)
         groups.append(RolloutGroup(prompt.place, (1,), (rollout,), SeenRecord.of(prompt.record_index, prompt.record)))
-    scores = [caption.score.recall for _, [caption] in judging.scored(groups)]
+    scores = [caption.score.components["recall"] for _, [caption] in judging.scored(groups)]
     assert scores[0] == 1.0 and scores[1] == 1.0 and scores[2] < 1.0 and scores[3] == 0.0
 
 

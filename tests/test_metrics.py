@@ -13,7 +13,7 @@ from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.inputs import RowsDigest, RunInputs
 from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.training.learner import UpdateResult
-from balcap_mega.training.observe.console import COLUMNS, Console, clock
+from balcap_mega.training.observe.console import REWARD_COLUMN, Console, clock
 from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read_metrics
 
 METRICS = {
@@ -111,7 +111,7 @@ def test_plain_log():
     assert text.count("gradient norm") == 11
     heading, first, *rest = [line for line in text.splitlines() if line.startswith("step ") or "/25" in line]
     assert len(rest) == 24 + 1  # the heading comes again after 20 lines
-    assert heading.split()[1] == COLUMNS[0].title
+    assert heading.split()[1] == REWARD_COLUMN.title
     numbers = "1/25 51.2 60.0 40.0 70.0 12.5 1.25 25.0 1.5e-04 1.0 1.234 2.5e-06 812 30.0 10.0 1.0 18.0 1.0 12:00"
     assert " ".join(first.split()) == numbers
     assert len(first) == len(heading)

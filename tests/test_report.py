@@ -70,7 +70,7 @@ def held_out(dataset, caption, judge):
         text = caption(dataset[index])
         judgement = judge(dataset[index], text)
         captions.append(
-            HeldOutCaption(index, text, judgement, CaptionScore(**judgement.components(), length=1, reference_length=1))
+            HeldOutCaption(index, text, judgement, CaptionScore(judgement.components(), length=1, reference_length=1))
         )
     return HeldOutResult(tuple(captions))
 
@@ -168,8 +168,14 @@ def test_spans_cover_any_caption(caption, places):
 def test_score_words():
     assertions = (Assertion("a", 0, 1, Verdict.VERIFIED), Assertion("b", 1, 2, Verdict.WRONG))
     judged = Judgement(assertions, (True, True, False), 1.0, 0.5, 0.6)
-    assert score_words(judged) == [("precision", "1 of 2"), ("recall", "2 of 3"), ("linguistic", "70")]
-    assert score_words(NO_VERDICT) == [(name, "not judged") for name in ("precision", "recall", "linguistic")]
+    assert score_words(judged, judged.components()) == [
+        ("precision", "1 of 2"),
+        ("recall", "2 of 3"),
+        ("linguistic", "70"),
+    ]
+    assert score_words(NO_VERDICT, NO_VERDICT.components()) == [
+        (name, "not judged") for name in ("precision", "recall", "linguistic")
+    ]
 
 
 def test_score_rows():

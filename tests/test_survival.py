@@ -96,7 +96,12 @@ def held_out(*precisions: float | None) -> HeldOutResult:
     judgement = Judgement(None, None, None, None, None)
     return HeldOutResult(
         tuple(
-            HeldOutCaption(index, "A cat.", judgement, CaptionScore(precision, 0.5, 0.5, 2.0, 2.0))
+            HeldOutCaption(
+                index,
+                "A cat.",
+                judgement,
+                CaptionScore({"precision": precision, "recall": 0.5, "linguistic": 0.5}, 2.0, 2.0),
+            )
             for index, precision in enumerate(precisions)
         )
     )
@@ -126,7 +131,9 @@ def update(tokens: int, *, applied: bool = True, **values: float) -> UpdateResul
 def metrics_of(updates: list[UpdateResult], finished: tuple[bool, ...] = (True, True)) -> dict[str, float]:
     rollouts = tuple(Rollout((1, 2), (-1.0, -1.0), "A cat.", each) for each in finished)
     group = RolloutGroup(0, (1,), rollouts, SeenRecord(0, "a", "", "rank 0"))
-    rewards = build_reward_batch([[CaptionScore(0.5, 0.5, 0.5, 2.0, 2.0) for _ in finished]])
+    rewards = build_reward_batch(
+        [[CaptionScore({"precision": 0.5, "recall": 0.5, "linguistic": 0.5}, 2.0, 2.0) for _ in finished]]
+    )
     count = len(finished)
     advantages = Advantages(torch.zeros(count), torch.zeros(3, count), torch.zeros(count, dtype=torch.bool))
     batches = Batches(((),), (RowAssignment(((),), 10, 0, 10, 1.0),))

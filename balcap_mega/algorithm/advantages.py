@@ -11,9 +11,9 @@ from balcap_mega.config.schema import AlgorithmConfig
 EPSILON = 1e-4
 
 
-def component_weights(names: tuple[str, ...], config: AlgorithmConfig) -> list[float]:
-    """The weight of each component by its name; one that the config does not name weighs 1."""
-    return [config.weights.get(name, 1.0) for name in names]
+def component_weights(names: tuple[str, ...], config: AlgorithmConfig) -> dict[str, float]:
+    """The weight of each component by its name, in their order; one that the config does not name weighs 1."""
+    return {name: config.weights.get(name, 1.0) for name in names}
 
 
 def compute_advantages(rewards: RewardBatch, config: AlgorithmConfig) -> Advantages:
@@ -40,7 +40,8 @@ def compute_advantages(rewards: RewardBatch, config: AlgorithmConfig) -> Advanta
     if use_kernels(rewards.values):
         return _kernel_advantages(rewards, config)
     rewards, gated = control_length(rewards, config)
-    weights = torch.tensor(component_weights(rewards.names, config), dtype=torch.float64, device=rewards.values.device)
+    weights = list(component_weights(rewards.names, config).values())
+    weights = torch.tensor(weights, dtype=torch.float64, device=rewards.values.device)
     used = (weights > 0)[:, None]
     if config.normalization == "gdpo":
         scored = (rewards.valid & used).any(dim=0)
@@ -66,7 +67,7 @@ def _kernel_advantages(rewards: RewardBatch, config: AlgorithmConfig) -> Advanta
         rewards.lengths,
         rewards.reference_lengths,
         rewards.group_ids,
-        weights=tuple(component_weights(rewards.names, config)),
+        weights=tuple(component_weights(rewards.names, config).values()),
         sum_first=config.normalization == "grpo",
         whiten=config.normalization == "gdpo" and config.whiten,
         length_control=config.length_control,

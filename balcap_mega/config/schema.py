@@ -20,7 +20,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MAY_CHANGE = "may change when the run goes on"  # metadata of a field: `Annotated[type, MAY_CHANGE]`
 
-COMPONENTS = ("precision", "recall", "linguistic")  # of the reward, as a judge gives them
+JUDGED = ("precision", "recall", "linguistic")  # the components that the judge gives; b-CapScore is of these three
 
 
 class Section(BaseModel):
@@ -189,7 +189,7 @@ class LengthGateConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """Rewards to gradient. Weights go by name, never by position."""
+    """Rewards to gradient. Weights go by name, never by position; a component that has none weighs 1."""
 
     weights: dict[str, NonNegative] = {
         "precision": 1.0,
@@ -200,7 +200,7 @@ class AlgorithmConfig(Section):
     normalization: Literal["gdpo", "grpo"] = "gdpo"
     """gdpo: normalise each reward in its group, then sum. grpo: sum, then normalise."""
     length_control: Literal["gate", "linear", "none"] = "gate"
-    """What becomes of the linguistic reward of captions that are too long or too short."""
+    """What becomes of the rewards `gate.components` of captions that are too long or too short."""
     gate: LengthGateConfig = LengthGateConfig()
     """The bounds of `length_control: gate`."""
     linear_penalty: NonNegative = 1.0
@@ -232,7 +232,7 @@ class AlgorithmConfig(Section):
     @model_validator(mode="after")
     def some_weight(self):
         if not any(self.weights.values()):
-            raise ValueError("every weight is 0; give at least one of precision, recall, linguistic a positive weight")
+            raise ValueError("every weight is 0; give at least one component a positive weight")
         return self
 
 
@@ -324,13 +324,53 @@ def _is_plain_address(base_url: str) -> bool:
     return plain and not set(base_url) & set("@?#\\ ,") and base_url.isprintable()
 
 
+class ComponentConfig(Section):
+    """Where one component of the reward comes from: what the judge finds, by its name, or a class of one's own, as
+    `balcap_mega.rewards.own` says.
+    """
+
+    source: str
+    """precision, recall or linguistic, as the judge gives them; or `package.module:Class`."""
+    options: dict[str, Any] = {}
+    """Of the class: the keyword arguments of its constructor."""
+    path: Annotated[str | None, MAY_CHANGE] = None
+    """Folder that the class's package stands in, where that is not installed."""
+    concurrency: Annotated[Positive, MAY_CHANGE] = 16
+    """Captions that the class is asked about at once, each from a thread."""
+    timeout_seconds: Annotated[Positive, MAY_CHANGE] = 120
+    """From the end of a caption to its reward, which is missing afterwards."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def source_alone(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @property
+    def judged(self) -> bool:
+        """Whether the configured judge gives it."""
+        return self.source in JUDGED
+
+    @model_validator(mode="after")
+    def a_known_source(self):
+        if not self.judged and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.source):
+            raise ValueError(
+                f"source={self.source} is nothing that a judge gives; name one of {', '.join(JUDGED)}, or a class of "
+                "your own as package.module:Class"
+            )
+        if self.judged and (self.options or self.path):
+            raise ValueError(f"source={self.source} comes from the judge; leave out options and path")
+        return self
+
+
 class RewardConfig(Section):
-    """Who judges: the rules of `scenes`, or a multimodal LLM at `endpoint`.
+    """The components of the reward, and who judges: the rules of `scenes`, or a multimodal LLM at `endpoint`.
 
     A component's questions may go to another endpoint, and so may each question: only `verify` sees the picture, the
     others can go to a small text model.
     """
 
+    components: dict[str, ComponentConfig] = {name: ComponentConfig(source=name) for name in JUDGED}
+    """The reward's, by the name that they have in weights, metrics and reports."""
     judge: Literal["scenes", "mllm"] = "scenes"
     """The rules of `scenes`, or a multimodal LLM."""
     endpoint: Annotated[JudgeEndpoint | None, MAY_CHANGE] = None
@@ -363,9 +403,32 @@ class RewardConfig(Section):
             return f"rewards.component_endpoints.{component}"
         return "rewards.endpoint"
 
+    @field_validator("components")
+    @classmethod
+    def names_that_can_be_told_apart(cls, components: dict[str, ComponentConfig]) -> dict[str, ComponentConfig]:
+        if not components:
+            raise ValueError("there is no component; name at least one")
+        for name, component in components.items():
+            taken = name in ("b_capscore", "length_ratio", "gate_rate") or name.endswith(("_std", "_missing"))
+            if taken or not re.fullmatch(r"[a-z]\w*", name, re.ASCII):
+                raise ValueError(
+                    f"{name!r} cannot be a component's name, which also names its metrics; give it another, of small "
+                    "letters, digits and underscores"
+                )
+            if name in JUDGED and component.source != name:
+                raise ValueError(
+                    f"{name} is a part of b-CapScore, not {component.source}; give that another name, or the source "
+                    f"{name}"
+                )
+        return components
+
+    @property
+    def asks_judge(self) -> bool:
+        return any(component.judged for component in self.components.values())
+
     @model_validator(mode="after")
     def mllm_needs_endpoint(self):
-        if self.judge == "mllm" and self.endpoint is None:
+        if self.judge == "mllm" and self.endpoint is None and self.asks_judge:
             raise ValueError("judge=mllm asks an endpoint; set rewards.endpoint.base_url and rewards.endpoint.model")
         return self
 
@@ -557,12 +620,25 @@ class RunConfig(Section):
     def components_are_known(self):
         controlled = () if self.algorithm.length_control == "none" else self.algorithm.gate.components
         for key, names in (("weights", self.algorithm.weights), ("gate.components", controlled)):
-            if unknown := sorted(set(names) - set(COMPONENTS)):
-                raise ValueError(
-                    f"algorithm.{key}.{unknown[0]} names no reward of this run; name some of "
-                    f"{', '.join(map(repr, COMPONENTS))}"
-                )
+            if unknown := sorted(set(names) - set(self.rewards.components)):
+                remedy = f"name some of {', '.join(map(repr, self.rewards.components))}"
+                remedy += ", or set algorithm.length_control=none" if key == "gate.components" else ""
+                raise ValueError(f"algorithm.{key}.{unknown[0]} names no component of rewards.components; {remedy}")
+        if not any(self.algorithm.weights.get(name, 1.0) for name in self.rewards.components):
+            raise ValueError("every component of rewards.components weighs 0; give one a positive algorithm.weights")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def every_component_weighs(cls, tree: Any) -> Any:
+        """Weights that are not given are 1 for each component."""
+        try:
+            names, algorithm = list(tree["rewards"]["components"]), tree.get("algorithm") or {}
+            if "weights" in algorithm:
+                return tree
+            return tree | {"algorithm": algorithm | {"weights": dict.fromkeys(names, 1.0)}}
+        except (KeyError, TypeError, AttributeError):  # nothing to weigh, or what the fields' own types will refuse
+            return tree
 
     @model_validator(mode="after")
     def fp8_rollouts_are_corrected(self):

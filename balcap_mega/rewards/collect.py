@@ -1,31 +1,29 @@
 """From judged captions to the reward tensors that the algorithm reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from balcap_mega.algorithm.batch import RewardBatch
-from balcap_mega.rewards.judge import COMPONENTS
 
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """Reward components of one caption in [0, 1], None where the judge failed, and two lengths in one unit."""
+    """Reward components of one caption by name, in [0, 1], None where missing, and two lengths in one unit."""
 
-    precision: float | None
-    recall: float | None
-    linguistic: float | None
+    components: Mapping[str, float | None]
     length: float
     reference_length: float
 
 
 def build_reward_batch(groups: Sequence[Sequence[CaptionScore]]) -> RewardBatch:
-    """Stack the scores of P groups (of any sizes, N captions in all) into [K, N] tensors, group after group."""
+    """Stack the scores of P groups (of any sizes, N > 0 captions in all) into [K, N] tensors, group after group."""
     scores = [score for group in groups for score in group]
-    values = [[getattr(score, name) for score in scores] for name in COMPONENTS]
+    names = tuple(scores[0].components)
+    values = [[score.components[name] for score in scores] for name in names]
     return RewardBatch(
-        names=COMPONENTS,
+        names=names,
         values=torch.tensor([[0.0 if value is None else value for value in row] for row in values]),
         valid=torch.tensor([[value is not None for value in row] for row in values]),
         lengths=torch.tensor([score.length for score in scores], dtype=torch.float32),

@@ -1,7 +1,38 @@
-"""The judge that a run's configuration names."""
+"""The judge that a run's configuration names, and the rewards of its components."""
 
 from balcap_mega.config.schema import RewardConfig
+from balcap_mega.rewards.asked import AskedReward
+from balcap_mega.rewards.components import Rewards
 from balcap_mega.rewards.judge import Judge
+from balcap_mega.rewards.own import find_reward, load_reward
+
+
+def build_rewards(config: RewardConfig, sharers: int = 1) -> Rewards:
+    """Close it when done. The judge's endpoint and the rewards' own checks are asked once here, so that what does not
+    work is refused at once. Raises UserError.
+
+    sharers: see `build_judge`
+    """
+    own = {
+        name: AskedReward(name, load_reward(name, component), component)
+        for name, component in config.components.items()
+        if not component.judged
+    }
+    rewards = Rewards(config, build_judge(config, sharers) if config.asks_judge else None, own)
+    try:
+        for reward in own.values():
+            reward.check()
+    except BaseException:
+        rewards.close()
+        raise
+    return rewards
+
+
+def check_rewards(config: RewardConfig) -> None:
+    """Find the rewards of one's own and look at their options, before anything is built. Raises UserError."""
+    for name, component in config.components.items():
+        if not component.judged:
+            find_reward(name, component)
 
 
 def build_judge(config: RewardConfig, sharers: int = 1) -> Judge:

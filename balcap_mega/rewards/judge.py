@@ -6,9 +6,8 @@ from enum import StrEnum
 from statistics import harmonic_mean, mean
 from typing import Protocol
 
+from balcap_mega.config.schema import JUDGED as COMPONENTS
 from balcap_mega.data.records import CaptionRecord
-
-COMPONENTS = ("precision", "recall", "linguistic")
 
 
 class Verdict(StrEnum):

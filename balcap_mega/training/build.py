@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from balcap_mega.algorithm.advantages import component_weights
 from balcap_mega.algorithm.words import count_words
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
@@ -9,7 +10,7 @@ from balcap_mega.data.sampler import RecordSampler
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.parallel.platform import Platform
-from balcap_mega.rewards.factory import build_judge
+from balcap_mega.rewards.factory import build_rewards
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit
 from balcap_mega.rollout.replicas import Replica
@@ -57,7 +58,7 @@ def build_trainer(
         dataset=dataset,
         sampler=RecordSampler(len(dataset), config.seed, config.rollout.prompts_per_step),
         length=count_words if config.algorithm.gate.unit == "words" else processor.count_tokens,
-        judge=build_judge(config.rewards, sharers=Replica.current(config.rollout.tensor_parallel).count),
+        rewards=build_rewards(config.rewards, sharers=Replica.current(config.rollout.tensor_parallel).count),
         engine=engine,
         replica=Replica.current(config.rollout.tensor_parallel),
         batches=batch_builder(processor, config, grid, learner.architecture),
@@ -70,5 +71,5 @@ def build_trainer(
             timeout_seconds=config.checkpoint.timeout_seconds,
         ),
         stop=stop,
-        health=Health(config.health, config.algorithm.weights),
+        health=Health(config.health, component_weights(tuple(config.rewards.components), config.algorithm)),
     )

@@ -8,10 +8,13 @@ from statistics import fmean
 
 from pydantic import TypeAdapter, ValidationError
 
+from balcap_mega.config.schema import JUDGED
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.agreement import failing_together
+from balcap_mega.rewards.balance import balance
 from balcap_mega.rewards.collect import CaptionScore, build_reward_batch
-from balcap_mega.rewards.judge import COMPONENTS, Judge, Judgement, b_capscore
+from balcap_mega.rewards.components import Rewards
+from balcap_mega.rewards.judge import Judgement
 from balcap_mega.rewards.missing import refuse_missing
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.replicas import Replica
@@ -37,35 +40,41 @@ class HeldOutResult:
     captions: tuple[HeldOutCaption, ...]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The components of the reward."""
+        return tuple(self.captions[0].score.components)
+
+    @property
     def scores(self) -> dict[str, float]:
-        """precision, recall, linguistic and their harmonic mean b_capscore on 0-100; length over reference length.
+        """Each component of the reward, and b_capscore where its three are there, on 0-100; length over reference.
 
         A caption without a component is left out of that component's mean, which is NaN if all are: see `counts`.
         """
         means = {}
-        for name in COMPONENTS:
+        for name in self.names:
             values = self._values(name)
             means[name] = 100 * fmean(values) if values else math.nan
         return {
             **means,
-            "b_capscore": b_capscore(**means),
+            **balance(means),
             "length_ratio": fmean(c.score.length / max(c.score.reference_length, 1.0) for c in self.captions),
         }
 
     @property
     def counts(self) -> dict[str, int]:
         """Over how many captions each of `scores` is; b_capscore over as many as the fewest of its components."""
-        judged = {name: len(self._values(name)) for name in COMPONENTS}
-        return {**judged, "b_capscore": min(judged.values()), "length_ratio": len(self.captions)}
+        judged = {name: len(self._values(name)) for name in self.names}
+        balanced = {"b_capscore": min(judged[name] for name in JUDGED)} if set(JUDGED) <= set(judged) else {}
+        return {**judged, **balanced, "length_ratio": len(self.captions)}
 
     def metrics(self) -> dict[str, float]:
         """`scores`, and the share of captions without each component, by the names of metrics.jsonl."""
         total = len(self.captions)
-        missing = {f"{name}_missing": 1 - self.counts[name] / total for name in COMPONENTS}
+        missing = {f"{name}_missing": 1 - self.counts[name] / total for name in self.names}
         return {f"held_out/{name}": value for name, value in (self.scores | missing).items()}
 
     def _values(self, name: str) -> list[float]:
-        return [value for caption in self.captions if (value := getattr(caption.score, name)) is not None]
+        return [value for caption in self.captions if (value := caption.score.components[name]) is not None]
 
 
 _RESULT = TypeAdapter(HeldOutResult)
@@ -74,7 +83,7 @@ _RESULT = TypeAdapter(HeldOutResult)
 def evaluate_held_out(
     engine: RolloutEngine,
     replica: Replica,
-    judge: Judge,
+    rewards: Rewards,
     records: Prompts,
     length: Callable[[str], float],
     timeout_seconds: float,
@@ -87,15 +96,15 @@ def evaluate_held_out(
     met: why requests failed meanwhile, on any rank; called once, on all ranks
     What goes wrong on one rank is raised on all of them. Raises TooManyMissing by the rule that steps have too.
     """
-    judging = Judging(judge if replica.is_leader else None, records, length, timeout_seconds, quotes)
+    judging = Judging(rewards if replica.is_leader else None, records, length, timeout_seconds, quotes)
     with failing_together(engine.device):
         mine = [
             HeldOutCaption(group.seen.index, group.rollouts[0].text, judged.judgement, judged.score)
             for group, [judged] in judging.scored(engine.greedy(records.of(replica), on_finished=judging.submit))
         ]
     captions = replica.gather(mine)
-    rewards = build_reward_batch([[caption.score] for caption in captions])
-    refuse_missing(rewards, max_missing_fraction, met(), captions="the held-out captions")
+    batch = build_reward_batch([[caption.score] for caption in captions])
+    refuse_missing(batch, max_missing_fraction, met(), captions="the held-out captions")
     return HeldOutResult(tuple(captions))
 
 

@@ -1,7 +1,6 @@
 """Judging that runs while generation does: a caption goes to the judge the moment it is finished."""
 
 from collections.abc import Callable, Container, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 from balcap_mega.config.schema import RewardConfig
@@ -9,7 +8,8 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.progress import progress
 from balcap_mega.rewards.collect import CaptionScore
-from balcap_mega.rewards.judge import Judge, Judgement
+from balcap_mega.rewards.components import PendingRewards, Rewarded, Rewards
+from balcap_mega.rewards.judge import Judgement
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
 
 
@@ -22,7 +22,10 @@ class JudgedCaption:
 
 
 def patience(config: RewardConfig) -> float:
-    """Seconds after which a judgement can no longer come: two questions in a row, each tried as often as it may be."""
+    """Seconds after which no reward can come any more: of the judge two questions in a row, each tried as often as it
+    may be; of one's own, its time limit.
+    """
+    own = [component.timeout_seconds for component in config.components.values() if not component.judged]
     longest = max(
         (
             endpoint.timeout_seconds * (endpoint.max_retries + 1) * len(endpoint.addresses)
@@ -30,13 +33,13 @@ def patience(config: RewardConfig) -> float:
         ),
         default=0,
     )
-    return 2 * longest + 60.0
+    return max([2 * longest, *own]) + 60.0
 
 
 class Judging:
     """The judgements of one round of captions, by the request's place and by number within its group.
 
-    judge:   None on ranks that have no say (`Replica.is_leader`): there nothing is judged, and nothing is returned
+    rewards: None on ranks that have no say (`Replica.is_leader`): there nothing is judged, and nothing is returned
     records: by place
     length:  of a text, in the unit of the length gate
     timeout_seconds: the longest wait for one judgement after generation has ended
@@ -45,26 +48,26 @@ class Judging:
 
     def __init__(
         self,
-        judge: Judge | None,
+        rewards: Rewards | None,
         records: Sequence[CaptionRecord],
         length: Callable[[str], float],
         timeout_seconds: float,
         quotes: Container[int] = (),
     ):
         self.quotes = quotes
-        self.judge, self.records, self.length, self.timeout_seconds = judge, records, length, timeout_seconds
-        self._futures: dict[tuple[int, int], Future[Judgement]] = {}
+        self.rewards, self.records, self.length, self.timeout_seconds = rewards, records, length, timeout_seconds
+        self._pending: dict[tuple[int, int], PendingRewards] = {}
 
     def submit(self, place: int, number: int, rollout: Rollout) -> None:
         """Send one finished caption to the judge; returns at once."""
         progress.mark()
-        if self.judge is not None:
+        if self.rewards is not None:
             record = self.records[place]
-            self._futures[place, number] = self.judge.submit(record, rollout.text, quotes=place in self.quotes)
+            self._pending[place, number] = self.rewards.submit(record, rollout.text, quotes=place in self.quotes)
 
     def scored(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, list[JudgedCaption]]]:
         """Wait for the judgements of these groups and put them beside their captions."""
-        if self.judge is None:
+        if self.rewards is None:
             return []
         return [
             (group, [self._judged(group.place, number, rollout) for number, rollout in enumerate(group.rollouts)])
@@ -72,18 +75,18 @@ class Judging:
         ]
 
     def _judged(self, place: int, number: int, rollout: Rollout) -> JudgedCaption:
-        judgement = self._wait(place, number)
+        rewarded = self._wait(place, number)
         progress.mark()
         score = CaptionScore(
-            **judgement.components(),
+            components=rewarded.components,
             length=self.length(rollout.text),
             reference_length=self.length(self.records[place].reference),
         )
-        return JudgedCaption(judgement, score)
+        return JudgedCaption(rewarded.judgement, score)
 
-    def _wait(self, place: int, number: int) -> Judgement:
+    def _wait(self, place: int, number: int) -> Rewarded:
         try:
-            return self._futures[place, number].result(timeout=self.timeout_seconds)
+            return self._pending[place, number].result(timeout=self.timeout_seconds)
         except TimeoutError:
             record = self.records[place].id
             raise UserError(

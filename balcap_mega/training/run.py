@@ -16,6 +16,7 @@ from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.parallel.groups import ProcessGrid, initialize_parallel, world_size
 from balcap_mega.parallel.platform import Platform
+from balcap_mega.rewards.factory import check_rewards
 from balcap_mega.training.benchmarks import Benchmarks
 from balcap_mega.training.build import build_trainer
 from balcap_mega.training.folder import RunFolder, full_disk_is_named, write_json, write_text
@@ -38,6 +39,7 @@ def run(config: RunConfig) -> None:
     SIGINT, SIGTERM and SIGUSR1 end it before its next update, with a checkpoint. Raises UserError for bad input.
     """
     resuming = preflight(config, world_size(), FAMILIES)
+    check_rewards(config.rewards)
     end_with_launcher()
     stop = StopRequest(config.checkpoint.grace_seconds)
     platform = Platform.resolve(config.parallel.device)
@@ -91,7 +93,7 @@ def train(
     with phase("evaluation"):
         after = evaluation_after(trainer, eval_set, folder)
     console.evaluation("after", after.scores, after.counts)
-    trainer.judge.close()
+    trainer.rewards.close()
     if torch.distributed.get_rank() == 0:
         write_result(folder.after, after)
         counts = {"before": before.counts, "after": after.counts}

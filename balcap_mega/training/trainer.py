@@ -1,5 +1,6 @@
 """One step of BalCapRL: data, rollout, rewards, advantages, packing, policy update, resharding."""
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from balcap_mega.data.sampler import RecordSampler
 from balcap_mega.parallel.agreement import failing_together, from_first_rank
 from balcap_mega.parallel.progress import progress
 from balcap_mega.rewards.collect import build_reward_batch
-from balcap_mega.rewards.judge import Judge
+from balcap_mega.rewards.components import Rewards
 from balcap_mega.rewards.missing import refuse_missing
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import Refit
@@ -40,7 +41,7 @@ class Trainer:
     dataset: CaptionDataset
     sampler: RecordSampler
     length: Callable[[str], float]
-    judge: Judge
+    rewards: Rewards
     engine: RolloutEngine
     replica: Replica
     batches: BatchBuilder
@@ -51,7 +52,7 @@ class Trainer:
     health: Health
 
     def __post_init__(self) -> None:
-        self.meter = JudgeMeter(self.judge if self.replica.is_leader else None)
+        self.meter = JudgeMeter(self.rewards.judge if self.replica.is_leader else None)
 
     def step(self, number: int) -> dict[str, float]:
         """Run step `number` (from 0) and return its metrics. A collective.
@@ -66,8 +67,8 @@ class Trainer:
             self.stop.check(device)
             with phase("data"):
                 prompts = Prompts(self.dataset, self.sampler.indices(number))
-                judge = self.judge if self.replica.is_leader else None
-                judging = Judging(judge, prompts, self.length, patience(self.config.rewards))
+                askable = self.rewards if self.replica.is_leader else None
+                judging = Judging(askable, prompts, self.length, patience(self.config.rewards))
             with phase("rollout"), failing_together(device):
                 mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)
             with phase("swap"):  # while the last captions are judged
@@ -79,7 +80,8 @@ class Trainer:
                 groups, judged = zip(*self.replica.gather(scored), strict=True)
                 rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
                 asked = self.meter.read()
-                refuse_missing(rewards, self.config.rewards.max_missing_fraction, reasons(asked))
+                met = (reasons(asked) or Counter()) + self.rewards.reasons()
+                refuse_missing(rewards, self.config.rewards.max_missing_fraction, met)
             with phase("advantages"):
                 advantages = compute_advantages(rewards.to(device), self.config.algorithm)
             with phase("packing"), failing_together(device):
@@ -126,13 +128,13 @@ class Trainer:
             return evaluate_held_out(
                 self.engine,
                 self.replica,
-                self.judge,
+                self.rewards,
                 Prompts(dataset, range(len(dataset))),
                 self.length,
                 patience(self.config.rewards),
                 self.config.rewards.max_missing_fraction,
                 quotes,
-                met=lambda: reasons(self.meter.read()),
+                met=lambda: (reasons(self.meter.read()) or Counter()) + self.rewards.reasons(),
             )
 
     def refuse(self, findings: Sequence[Finding], steps: int) -> None:

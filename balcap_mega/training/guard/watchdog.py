@@ -44,7 +44,8 @@ class Stalled(UserError):
 
 def stuck_seconds(config: RunConfig) -> float:
     """How long a run may stand still: `parallel.timeout_seconds`, or as long as its judge's endpoint may take."""
-    judging = patience(config.rewards) + JUDGE_MARGIN if config.rewards.judge == "mllm" else 0.0
+    waits = config.rewards.judge == "mllm" or any(not each.judged for each in config.rewards.components.values())
+    judging = patience(config.rewards) + JUDGE_MARGIN if waits else 0.0
     return max(config.parallel.timeout_seconds, judging)
 
 

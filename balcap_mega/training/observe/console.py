@@ -1,7 +1,7 @@
 """What a person sees of a run: its facts, one line a step, the evaluations. A plain log gets the same."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +12,8 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
-from balcap_mega.config.schema import RunConfig
+from balcap_mega.algorithm.advantages import component_weights
+from balcap_mega.config.schema import JUDGED, RunConfig
 from balcap_mega.data.inputs import RunInputs
 from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.training.guard.health import Finding
@@ -22,7 +23,7 @@ HEADING_EVERY = 20  # lines
 WARMUP_LINES = 10
 SPEED_WINDOW = 10  # steps whose mean duration the remaining time is reckoned with
 PLAIN_WIDTH = 200  # of a log that is no terminal
-SCORES = ("precision", "recall", "linguistic", "b_capscore", "length_ratio")
+SHORT = {"precision": "prec", "linguistic": "ling"}  # names of components, as a step's line has room for
 
 Metrics = Mapping[str, float]
 
@@ -48,11 +49,8 @@ def number(key: str, form: str) -> Callable[[Metrics], str]:
     return lambda metrics: format(metrics[key], form)
 
 
+REWARD_COLUMN = Column("b-Cap", 6, percent("reward/b_capscore"), "bold cyan")
 COLUMNS = (
-    Column("b-Cap", 6, percent("reward/b_capscore"), "bold cyan"),
-    Column("prec", 6, percent("reward/precision")),
-    Column("recall", 7, percent("reward/recall")),
-    Column("ling", 6, percent("reward/linguistic")),
     Column("gated%", 7, percent("reward/gate_rate")),
     Column("length", 7, number("reward/length_ratio", ".2f")),
     Column("cut%", 6, percent("rollout/truncated")),
@@ -78,6 +76,13 @@ JUDGE_COLUMNS = (  # of a judge that is asked over a network
 )
 
 
+def columns(components: Iterable[str]) -> list[Column]:
+    """The numbers of a step's line: b-CapScore where its three components are there, each component, and the rest."""
+    names = {name: SHORT.get(name, name) for name in components}
+    rewards = [Column(title, max(len(title) + 1, 6), percent(f"reward/{name}")) for name, title in names.items()]
+    return [*([REWARD_COLUMN] if names.keys() >= set(JUDGED) else []), *rewards, *COLUMNS]
+
+
 class Console:
     """Prints on the first rank; does nothing where `enabled` is False."""
 
@@ -91,7 +96,10 @@ class Console:
         file: IO[str] | None = None,
     ) -> None:
         self.config, self.inputs = config, inputs
-        self._columns = (*COLUMNS, *(JUDGE_COLUMNS if config.rewards.judge == "mllm" else ()))
+        self._columns = (
+            *columns(config.rewards.components),
+            *(JUDGE_COLUMNS if config.rewards.judge == "mllm" else ()),
+        )
         self._rich = RichConsole(file=file, quiet=not enabled, highlight=False, soft_wrap=True)
         if not self._rich.is_terminal:
             self._rich.width = PLAIN_WIDTH
@@ -123,7 +131,7 @@ class Console:
         table.add_column("")
         for title in (*names, *(["change"] if len(names) == 2 else []), "captions"):
             table.add_column(title, justify="right")
-        for key in SCORES:
+        for key in scores:
             values = [self._evaluations[title][key] for title in names]
             form = ".2f" if key == "length_ratio" else ".1f"
             change = [format(values[1] - values[0], f"+{form}")] if len(values) == 2 else []
@@ -186,7 +194,9 @@ def run_facts(config: RunConfig, inputs: RunInputs) -> dict[str, str]:
     """What a reader needs to know of a run, one short line each."""
     rollout, algorithm, model = config.rollout, config.algorithm, config.model
     source = config.data.source if config.data.path is None else f"{config.data.source}, {config.data.path}"
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in algorithm.weights.items())
+    weights = ", ".join(
+        f"{name} {weight:g}" for name, weight in component_weights(tuple(config.rewards.components), algorithm).items()
+    )
     control = {
         "gate": f"length gate [{algorithm.gate.lower:g}, {algorithm.gate.upper:g}] {algorithm.gate.unit}",
         "linear": f"linear length penalty {algorithm.linear_penalty:g}",

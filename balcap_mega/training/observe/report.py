@@ -15,11 +15,11 @@ from balcap_mega.config.load import dump_config
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.inputs import RunInputs
 from balcap_mega.data.records import CaptionDataset
-from balcap_mega.rewards.judge import COMPONENTS, Judgement, Verdict
+from balcap_mega.rewards.judge import Judgement, Verdict
 from balcap_mega.training.folder import RunFolder, write_text
 from balcap_mega.training.heldout import HeldOutCaption, HeldOutResult
 from balcap_mega.training.observe.charts import SERIES, Curve, line_chart, stacked_chart
-from balcap_mega.training.observe.console import SCORES, captions_counted, clock, label, run_facts
+from balcap_mega.training.observe.console import captions_counted, clock, label, run_facts
 from balcap_mega.training.observe.metrics import read_metrics
 
 SAMPLES = 8  # the first held-out images, which no score has chosen
@@ -73,8 +73,8 @@ def write_report(
     page = environment.get_template("report_template.html").render(
         name=folder.root.resolve().name,
         facts=run_facts(config, inputs),
-        score=summary["after"]["b_capscore"],
-        score_before=summary["before"]["b_capscore"],
+        score=summary["after"].get("b_capscore"),
+        score_before=summary["before"].get("b_capscore"),
         gate=config.algorithm.gate,
         scores=score_rows(summary["before"], summary["after"], before.counts, after.counts),
         eval_size=len(before.captions),
@@ -103,7 +103,7 @@ def score_rows(
     `start` and `stop` place the change on a track from 0 to 100; a score over no caption stands at 0.
     """
     rows = []
-    for key in SCORES:
+    for key in after:
         form, scale = (".2f", 50.0) if key == "length_ratio" else (".1f", 1.0)  # a length ratio's track ends at 2
         start, stop = (min(max(0.0, scale * value), 100.0) for value in (before[key], after[key]))
         rows.append(
@@ -145,11 +145,15 @@ def charts(rows: Sequence[Mapping[str, float]], config: RunConfig) -> list[Chart
     }
     longest = dict(sorted(phases.items(), key=lambda item: -sum(item[1]))[: len(SERIES)])
     return [
-        chart("b-CapScore", "Of the sampled training captions, 0–100.", curve("", "reward/b_capscore", 100)),
+        *(
+            [chart("b-CapScore", "Of the sampled training captions, 0–100.", curve("", "reward/b_capscore", 100))]
+            if "reward/b_capscore" in rows[-1]
+            else []
+        ),
         chart(
             "Reward components",
             "As judged, before the length gate, 0–100.",
-            *(curve(name, f"reward/{name}", 100) for name in COMPONENTS),
+            *(curve(name, f"reward/{name}", 100) for name in config.rewards.components),
         ),
         chart(
             "Length ratio",
@@ -183,7 +187,7 @@ def sample(before: HeldOutCaption, after: HeldOutCaption, dataset: CaptionDatase
                 "when": when,
                 "spans": spans(caption.caption, caption.judgement),
                 "unplaced": unplaced(caption.judgement),
-                "scores": score_words(caption.judgement),
+                "scores": score_words(caption.judgement, caption.score.components),
             }
             for when, caption in (("before", before), ("after", after))
         ],
@@ -212,18 +216,18 @@ def unplaced(judgement: Judgement) -> list[Span]:
     return [Span(a.text, a.verdict, a.text) for a in judgement.assertions or () if a.start == a.stop]
 
 
-def score_words(judgement: Judgement) -> list[tuple[str, str]]:
-    """A caption's three scores, (name, what it comes to)."""
-    words = []
+def score_words(judgement: Judgement, components: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    """A caption's scores, (name of the component, what it comes to)."""
+    counted = {}
     if judgement.assertions is not None:
         verified = sum(assertion.verdict is Verdict.VERIFIED for assertion in judgement.assertions)
-        words.append(("precision", f"{verified} of {len(judgement.assertions)}"))
+        counted["precision"] = f"{verified} of {len(judgement.assertions)}"
     if judgement.covered:
-        words.append(("recall", f"{sum(judgement.covered)} of {len(judgement.covered)}"))
-    if judgement.linguistic is not None:
-        words.append(("linguistic", f"{100 * judgement.linguistic:.0f}"))
-    judged = {name for name, _ in words}
-    return words + [(name, "not judged") for name in COMPONENTS if name not in judged]
+        counted["recall"] = f"{sum(judgement.covered)} of {len(judgement.covered)}"
+    return [
+        (name, "not judged" if value is None else counted.get(name, f"{100 * value:.0f}"))
+        for name, value in components.items()
+    ]
 
 
 def data_url(image: Image.Image) -> str:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from balcap_mega.algorithm.batch import Advantages, RewardBatch
 from balcap_mega.algorithm.length_gate import length_ratios
-from balcap_mega.rewards.judge import b_capscore
+from balcap_mega.rewards.balance import balance
 from balcap_mega.rollout.rollouts import RolloutGroup
 from balcap_mega.training.batches import Batches
 from balcap_mega.training.learner import UpdateResult
@@ -81,14 +81,14 @@ def reward_metrics(rewards: RewardBatch, advantages: Advantages) -> dict[str, fl
 
     The mean is NaN where none has it.
     """
-    metrics = {}
+    means, metrics = {}, {}
     for name, values, valid in zip(rewards.names, rewards.values, rewards.valid, strict=True):
-        metrics[f"reward/{name}"] = values[valid].mean().item() if valid.any() else math.nan
+        means[name] = metrics[f"reward/{name}"] = values[valid].mean().item() if valid.any() else math.nan
         metrics[f"reward/{name}_std"] = values[valid].std().item() if valid.sum() > 1 else 0.0
         metrics[f"reward/{name}_missing"] = 1 - valid.float().mean().item()
     return {
         **metrics,
-        "reward/b_capscore": b_capscore(*(metrics[f"reward/{name}"] for name in rewards.names)),
+        **{f"reward/{key}": value for key, value in balance(means).items()},
         "reward/gate_rate": advantages.gated.float().mean().item(),
         "reward/length_ratio": length_ratios(rewards).mean().item(),
         "advantage/zero_share": (advantages.values == 0).float().mean().item(),
