@@ -34,7 +34,7 @@ def photos(model: Path, output: Path, judge: str) -> list[str]:
         "data.source=jsonl", "data.eval_size=2",
         f"data.path={ROOT / 'tests' / 'data' / 'photos.jsonl'}",
         f"data.image_root={Path(skimage.data.__file__).parent}", "rollout.prompts_per_step=2",
-        "rollout.max_tokens=16", "rollout.max_model_len=512",
+        "rollout.max_tokens=16", "rollout.max_model_len=2048",
         f"rewards.endpoint.base_url={judge}", f"rewards.cache_dir={output.parent / 'cache'}",
     ]  # fmt: skip
 
