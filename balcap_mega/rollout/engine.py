@@ -15,7 +15,13 @@ from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
-from balcap_mega.rollout.vllm_runtime import import_vllm, process_state_kept
+from balcap_mega.rollout.vllm_runtime import (
+    build_engine,
+    import_vllm,
+    process_state_kept,
+    register_weight_transfer,
+    scale_logits,
+)
 
 CPU_KV_CACHE_BYTES = 2**30
 """Key/value cache on a CPU, where `memory_fraction` would be a share of memory that other programs use too."""
@@ -78,7 +84,7 @@ class RolloutEngine:
         architecture = Architecture.from_folder(model_folder)
         self.vision_data_parallel = architecture.family.vision_data_parallel and config.tensor_parallel > 1
         self._vllm = import_vllm()
-        _register_weight_transfer()
+        register_weight_transfer(*WEIGHT_TRANSFER)
         with process_state_kept(device):
             arguments = engine_arguments(model_folder, config, device, dtype, seed)
             if self.sleeps:
@@ -87,11 +93,8 @@ class RolloutEngine:
                 arguments |= fp8_arguments(architecture)
             if self.vision_data_parallel:
                 arguments["mm_encoder_tp_mode"] = "data"
-            self.llm = _offline_engine(self._vllm.EngineArgs(**arguments))
-        # A collected engine would take torch.distributed down with it, which is the trainer's.
-        if finalizer := getattr(self.llm.engine_core, "_finalizer", None):  # which vLLM 0.24 does not have
-            finalizer.detach()
-        self.llm.apply_model(self._temper)
+            self.llm = build_engine(self._vllm.EngineArgs(**arguments))
+        scale_logits(self.llm, 1 / config.temperature)
 
     def sample(
         self, requests: Sequence[RolloutRequest], *, step: int, on_finished: OnFinished | None = None
@@ -153,9 +156,6 @@ class RolloutEngine:
         """The second stage, when the trainer no longer needs that memory: the key/value cache. Nothing when awake."""
         if self.sleeps and self.llm.is_sleeping():
             self.llm.wake_up(tags=["kv_cache"])
-
-    def _temper(self, model: torch.nn.Module) -> None:
-        model.get_language_model().logits_processor.scale = 1 / self.config.temperature
 
     def _sampling_params(self, **sampling: Any):
         return self._vllm.SamplingParams(
@@ -284,21 +284,6 @@ def fp8_arguments(architecture: Architecture) -> dict[str, Any]:
         "quantization": "fp8_per_channel",
         "quantization_config": {"ignore": [rf"re:(.*\.)?{name}\..*" for name in unquantised]},
     }
-
-
-def _offline_engine(arguments):
-    """With vLLM's defaults for offline use: on an H100 1,024 captions at a time, where a bare engine would take 128."""
-    from vllm import LLMEngine
-    from vllm.usage.usage_lib import UsageContext
-
-    return LLMEngine.from_engine_args(arguments, UsageContext.LLM_CLASS)
-
-
-def _register_weight_transfer() -> None:
-    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-
-    if WEIGHT_TRANSFER[0] not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(*WEIGHT_TRANSFER)
 
 
 def request_seed(seed: int, step: int, record_index: int, repeat: int = 0) -> int:

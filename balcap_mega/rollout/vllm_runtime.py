@@ -1,4 +1,7 @@
-"""How vLLM is loaded into the trainer's process: settings it reads at import, and what it must leave alone."""
+"""What this package relies on of vLLM's insides, apart from its layers (`refit.weight_transfer`).
+
+Settings that vLLM reads at import, registries, finalizers, and what it must leave alone in the trainer's process.
+"""
 
 import os
 import random
@@ -35,6 +38,38 @@ def import_vllm() -> ModuleType:
         type(current_platform).simple_compile_backend = "eager"
         _use_gloo_instead_of_shared_memory()
     return vllm
+
+
+def register_weight_transfer(name: str, module: str, engine_class: str) -> None:
+    """Let `weight_transfer_config` name our backend. vLLM has no way to ask whether that was done before."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, module, engine_class)
+
+
+def build_engine(arguments):
+    """An engine with vLLM's defaults for offline use: on an H100 1,024 captions at once, where a bare one takes 128.
+
+    The trainer owns torch.distributed: an engine that is garbage-collected must not shut it down.
+    """
+    from vllm import LLMEngine
+    from vllm.usage.usage_lib import UsageContext
+
+    engine = LLMEngine.from_engine_args(arguments, UsageContext.LLM_CLASS)
+    # vLLM 0.24, which the hosts of GPU benchmarks may have, has no finalizer.
+    if finalizer := getattr(engine.engine_core, "_finalizer", None):
+        finalizer.detach()
+    return engine
+
+
+def scale_logits(engine, scale: float) -> None:
+    """Have the model multiply its logits by `scale`, so that raw logprobs are those of the tempered distribution."""
+
+    def set_scale(model: torch.nn.Module) -> None:
+        model.get_language_model().logits_processor.scale = scale
+
+    engine.apply_model(set_scale)
 
 
 def _use_gloo_instead_of_shared_memory() -> None:
