@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from balcap_mega.config.schema import RewardConfig
 from balcap_mega.data.scenes import PROMPT, SceneRecord, ScenesDataset, flawed_caption, vocabulary
 from balcap_mega.data.scenes.flawed import CLOSINGS, MOODS, PRAISES, SPECULATIONS
 from balcap_mega.data.scenes.grammar import reference_caption, reference_units, unit_text
 from balcap_mega.data.scenes.world import COLOURS, KINDS, PLACES, SIZES, Scene, SceneObject
+from balcap_mega.rewards.factory import build_judge
 from balcap_mega.rewards.judge import Verdict, b_capscore
 from balcap_mega.rewards.scenes import SceneJudge
 from balcap_mega.rewards.scenes.reading import words_of
@@ -354,3 +356,16 @@ def test_words_without_a_visible_claim_never_raise_the_reward(words):
 
 def test_a_long_text_is_judged_quickly():
     assert judge(everything_everywhere(RECORD) * 5).precision < 0.1
+
+
+def test_without_pointability_moods_and_praise_pass_as_true():
+    caption = (
+        "A red star is at the top left. The scene feels calm and cheerful. Every detail is described with great care."
+    )
+    strict, lenient = (SceneJudge(pointability).judge(RECORD, caption).assertions for pointability in (True, False))
+    assert Verdict.NOT_POINTABLE in {assertion.verdict for assertion in strict}
+    for one, other in zip(strict, lenient, strict=True):
+        verdict = Verdict.VERIFIED if one.verdict is Verdict.NOT_POINTABLE else one.verdict
+        assert (other.text, other.verdict) == (one.text, verdict)
+    assert Verdict.WRONG in {assertion.verdict for assertion in lenient}  # what is false stays so
+    assert build_judge(RewardConfig(pointability=False)).judge(RECORD, caption).assertions == lenient

@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from balcap_mega.config.load import dotted_fields
 from balcap_mega.config.schema import MAY_CHANGE, Section
@@ -76,6 +77,5 @@ def _constraints(metadata: Any) -> Iterator[str]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    default = field.default.model_dump() if isinstance(field.default, Section) else field.default
-    default = list(default) if isinstance(default, tuple) else default
+    default = to_jsonable_python(field.default)
     return "default " + yaml.safe_dump(default, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()

@@ -371,6 +371,8 @@ class RewardConfig(Section):
 
     components: dict[str, ComponentConfig] = {name: ComponentConfig(source=name) for name in JUDGED}
     """The reward's, by the name that they have in weights, metrics and reports."""
+    pointability: bool = True
+    """Whether an assertion must point at something visible to count in precision; false: truth alone counts."""
     judge: Literal["scenes", "mllm"] = "scenes"
     """The rules of `scenes`, or a multimodal LLM."""
     endpoint: Annotated[JudgeEndpoint | None, MAY_CHANGE] = None

@@ -165,7 +165,8 @@ class MllmJudge:
         if found.too_many:
             verdicts = [Verdict.UNCHECKED] * len(texts)  # nobody could check them all, and that must not pay
         elif texts:
-            verdicts = map(_verdict, await self._ask(questions.verify(texts, image_url), record))
+            answers = await self._ask(questions.verify(texts, image_url), record)
+            verdicts = [_verdict(answer, self.config.pointability) for answer in answers]
         else:
             verdicts = ()
         return tuple(
@@ -200,8 +201,9 @@ class MllmJudge:
         return tuple(grade / questions.HIGHEST_GRADE for grade in (grades.clarity, grades.fluency, grades.coherency))
 
 
-def _verdict(found: questions.Found) -> Verdict:
-    if not found.pointable:
+def _verdict(found: questions.Found, pointability: bool) -> Verdict:
+    """By `rewards.pointability`."""
+    if pointability and not found.pointable:
         return Verdict.NOT_POINTABLE
     return Verdict.VERIFIED if found.correct else Verdict.WRONG
 

@@ -13,13 +13,19 @@ from balcap_mega.rewards.scenes.verify import bind, verify
 
 class SceneJudge:
     """A `Judge` that knows the scene. It reads any text: every word of it belongs to some assertion, is grammar, or
-    repeats what was said; what it cannot see in the scene counts against precision."""
+    repeats what was said; what it cannot see in the scene counts against precision.
+
+    pointability: False lets what points at nothing, moods and praise, pass as true, as a lenient judge does
+    """
+
+    def __init__(self, pointability: bool = True):
+        self.pointability = pointability
 
     def judge(self, record: SceneRecord, caption: str) -> Judgement:
         sentences = read(caption)
         discourse = follow(sentences)
         binding = bind(discourse, record.scene)
-        assertions, covered, implied = verify(caption, discourse, binding, record.scene)
+        assertions, covered, implied = verify(caption, discourse, binding, record.scene, self.pointability)
         style = assess(caption, sentences, discourse, implied)
         return Judgement(
             assertions=assertions,

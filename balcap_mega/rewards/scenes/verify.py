@@ -34,7 +34,7 @@ def bind(discourse: Discourse, scene: Scene) -> Binding:
 
 
 def verify(
-    caption: str, discourse: Discourse, binding: Binding, scene: Scene
+    caption: str, discourse: Discourse, binding: Binding, scene: Scene, pointability: bool = True
 ) -> tuple[tuple[Assertion, ...], set[Fact], int]:
     """Assertions with their verdicts, the facts covered, and how many true relations told nothing new.
 
@@ -53,7 +53,9 @@ def verify(
                 implied += 1
                 continue
             related = True
-        verdict = Verdict.NOT_POINTABLE if claim.attribute is None else Verdict.VERIFIED if true else Verdict.WRONG
+        verdict = Verdict.VERIFIED if true else Verdict.WRONG
+        if claim.attribute is None:  # nothing visible is claimed, so nothing there can be wrong
+            verdict = Verdict.NOT_POINTABLE if pointability else Verdict.VERIFIED
         assertions.append(Assertion(caption[claim.start : claim.stop], claim.start, claim.stop, verdict))
         if true and not any(e in contested or claim.attribute in e.contradictory for e in claim.entities):
             covered.update(facts)
