@@ -15,7 +15,7 @@
 # 360 s before the limit, 60 more than checkpoint.grace_seconds, the ranks save a checkpoint and end, and the job goes
 # back into the queue to go on from there. SLURM itself queues a preempted job again, and one whose node has failed; a
 # rank that fails is restarted in place.
-#   JUDGE=FILE   wait for the address that launch/judge_slurm.sh writes there, and use that judge
+#   JUDGE=FILE   wait for the settings that launch/judge_slurm.sh writes there, and use those servers
 #   DOCTOR=no    start without launch/doctor.py, which otherwise looks at every node first
 # To reach other networks than NCCL's own choice: export NCCL_SOCKET_IFNAME, NCCL_IB_HCA before sbatch.
 set -uo pipefail
@@ -43,7 +43,7 @@ on_all_nodes() { # SCRIPT [ARGUMENT...]
 judge=()
 if [ -n "${JUDGE:-}" ]; then
     until [ -s "$JUDGE" ] || [ -n "$stopping" ]; do sleep 5; done
-    judge=("rewards.endpoint.base_url=$(cat "$JUDGE")")
+    [ ! -s "$JUDGE" ] || mapfile -t judge < "$JUDGE"
 fi
 status=0
 if [ "${DOCTOR:-yes}" != no ]; then

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -56,3 +57,90 @@ def test_cuda_lock_is_what_setup_py_resolves_to():
     if "Failed to fetch" in done.stderr or "error sending request" in done.stderr:
         pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+SERVER = """
+import argparse, http.server, os, pathlib, sys
+parser = argparse.ArgumentParser()
+for name in ("model", "port", "tensor-parallel-size", "speculative-config"):
+    parser.add_argument(f"--{name}")
+options, _ = parser.parse_known_args(sys.argv[2:])
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+gpus = os.environ["CUDA_VISIBLE_DEVICES"]
+name = f"{options.model} {gpus} {'guessing' if options.speculative_config else 'plain'} {os.getpid()}"
+(pathlib.Path(sys.argv[1]) / options.port).write_text(name)
+if options.model == "broken":
+    sys.exit(3)
+http.server.HTTPServer(("", int(options.port)), Healthy).serve_forever()
+"""
+
+
+@pytest.fixture
+def judge_job(tmp_path):
+    """Starts launch/judge_slurm.sh on this host as one node of eight GPUs, with servers that only answer."""
+    (tmp_path / "server.py").write_text(SERVER)
+    (tmp_path / "started").mkdir()
+    jobs = []
+
+    def start(model: str, **settings: str) -> subprocess.Popen:
+        environment = {
+            **os.environ, "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": str(os.getpid()), **settings,
+            "JUDGE_SERVER": f"{sys.executable} {tmp_path / 'server.py'} {tmp_path / 'started'}",
+        }  # fmt: skip
+        command = ["bash", "launch/judge_slurm.sh", str(tmp_path / "judge"), model]
+        jobs.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.terminate()
+        job.wait(timeout=30)
+
+
+def test_a_judges_servers_are_started_named_in_the_file_and_started_again(judge_job, tmp_path):
+    from balcap_mega.config.load import load_config
+
+    job = judge_job("large", TEXT_MODEL="small", TEXT_GPUS="2", TENSOR="3")
+    file = tmp_path / "judge"
+    wait_for(lambda: file.exists(), job)
+    settings = file.read_text().splitlines()
+    rewards = load_config(ROOT / "configs" / "qwen2_5_vl_7b.yaml", settings).rewards
+    assert len(rewards.endpoint.addresses) == 2 and rewards.endpoint.model == "large"
+    endpoints = rewards.endpoints()
+    assert endpoints["verify"] == rewards.endpoint
+    assert {endpoints[name].model for name in ("split", "units", "cover", "language")} == {"small"}
+    assert len(endpoints["split"].addresses) == 2
+    started = sorted(path.read_text().split() for path in (tmp_path / "started").iterdir())
+    assert [entry[:3] for entry in started] == [
+        ["large", "0,1,2", "plain"], ["large", "3,4,5", "plain"],
+        ["small", "6", "guessing"], ["small", "7", "guessing"],
+    ]  # fmt: skip
+    time.sleep(3)  # it has been seen to answer
+    os.kill(int(started[0][3]), signal.SIGKILL)
+    (first,) = [path for path in (tmp_path / "started").iterdir() if path.read_text().split()[1] == "0,1,2"]
+    wait_for(lambda: first.read_text().split()[3] != started[0][3], job)
+    job.terminate()
+    job.wait(timeout=30)
+    assert not file.exists()
+    for path in (tmp_path / "started").iterdir():
+        process = int(path.read_text().split()[3])
+        wait_for(lambda process=process: not Path(f"/proc/{process}").exists())
+
+
+def test_a_judge_that_cannot_start_ends_its_job(judge_job, tmp_path):
+    job = judge_job("broken")
+    assert job.wait(timeout=60) != 0 and not (tmp_path / "judge").exists()
+    job = judge_job("large", TENSOR="16")
+    assert job.wait(timeout=60) == 2 and "8 GPUs a node make no server of TENSOR=16" in job.stderr.read()
+
+
+def wait_for(condition, job: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline and (job is None or job.poll() is None)
+        time.sleep(0.1)

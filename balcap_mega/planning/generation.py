@@ -48,11 +48,11 @@ class Generation:
         at_once = max(min(captions, AT_ONCE, int(self._concurrent(workload))), 1)
         # While captions wait their turn the batch stays full, of captions at every stage of their length.
         steps = (captions - at_once) / at_once * mean
-        seconds = steps * self._step(at_once, prefix + mean / 2)
+        seconds = steps * self.step_seconds(at_once, prefix + mean / 2)
         done, left = 0, at_once
         for length in workload.lengths(at_once):
             if length > done:
-                seconds += (length - done) * self._step(left, prefix + (done + length) / 2)
+                seconds += (length - done) * self.step_seconds(left, prefix + (done + length) / 2)
                 done = length
             left -= 1
         return seconds
@@ -62,7 +62,7 @@ class Generation:
         per_caption = workload.caption_tokens + workload.prefix_tokens / workload.group
         return self.cache_tokens / per_caption
 
-    def _step(self, batch: float, context: float) -> float:
+    def step_seconds(self, batch: float, context: float) -> float:
         """One token for each of `batch` captions of `context` tokens."""
         architecture, gpu, efficiency = self.architecture, self.cluster.gpu, self.cluster.efficiency
         parameters = language_parameters(architecture) / self.tensor

@@ -51,6 +51,11 @@ class Plan:
     def step_seconds(self) -> float:
         return sum(self.seconds.values())
 
+    @property
+    def own_seconds(self) -> float:
+        """The step without its wait for the judge, which is a matter of the judge's GPUs and not of the layout."""
+        return self.step_seconds - self.seconds["rewards"]
+
 
 @dataclass(frozen=True)
 class Planner:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from balcap_mega.errors import UserError
+from balcap_mega.planning.judge import JudgeServers
 from balcap_mega.planning.layout import Layout
 from balcap_mega.planning.plan import Plan, Planner
 
@@ -14,7 +15,8 @@ HEADROOM = 0.05
 """Share of a GPU's memory that the chosen layout leaves free, if any does: a prediction is not a measurement."""
 
 TIE = 0.01
-"""Layouts whose steps take within this share of the best are as good: the simplest of them is chosen."""
+"""Layouts whose steps, without the wait for the judge, take within this share of the best are as good: the simplest is
+chosen."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Search:
             raise UserError("no layout of this run fits this cluster", remedy="give it more nodes (--nodes)")
         roomy = [plan for plan in self.plans if plan.memory.fullest.total <= (1 - HEADROOM) * self.memory]
         candidates = roomy or self.plans
-        limit = (1 + TIE) * candidates[0].step_seconds
-        return min((plan for plan in candidates if plan.step_seconds <= limit), key=_complexity)
+        limit = (1 + TIE) * candidates[0].own_seconds
+        return min((plan for plan in candidates if plan.own_seconds <= limit), key=_complexity)
 
 
 def search(planner: Planner, *, fp8: bool = False) -> Search:
@@ -52,8 +54,39 @@ def search(planner: Planner, *, fp8: bool = False) -> Search:
     for layout in layouts(planner, fp8=fp8):
         found = _smallest_engine(planner, layout)
         (plans if isinstance(found, Plan) else refusals).append(found)
-    plans.sort(key=lambda plan: plan.step_seconds)
+    plans.sort(key=lambda plan: plan.own_seconds)
     return Search(tuple(plans), tuple(refusals), planner.cluster.gpu.memory)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Nodes for training and for the judge, the best layout of the first, and the captions a second of the second."""
+
+    training: int
+    judging: int
+    plan: Plan
+    rate: float
+
+
+def split_nodes(planner: Planner, model: str, nodes: int, *, fp8: bool = False) -> list[Split]:
+    """Every way to share `nodes` out between training and judging, the fastest step first.
+
+    Raises UserError where none can be.
+    """
+    found, reasons = [], []
+    for judging in range(1, nodes):
+        cluster = replace(planner.cluster, nodes=nodes - judging)
+        try:
+            servers = JudgeServers.of(model, judging * cluster.gpus_per_node, cluster, planner.workload)
+            rate = servers.captions_per_second(planner.workload)
+            plan = search(replace(planner, cluster=cluster, captions_per_second=rate, _known={}), fp8=fp8).best
+        except UserError as error:
+            reasons.append(error)
+        else:
+            found.append(Split(nodes - judging, judging, plan, rate))
+    if not found:
+        raise reasons[-1] if reasons else UserError(f"{nodes} nodes cannot be shared", remedy="give at least two")
+    return sorted(found, key=lambda split: split.plan.step_seconds)
 
 
 def _smallest_engine(planner: Planner, layout: Layout) -> Plan | Refusal:
@@ -66,7 +99,7 @@ def _smallest_engine(planner: Planner, layout: Layout) -> Plan | Refusal:
         except UserError as error:
             found = found or Refusal(layout, error.problem)
             continue
-        if isinstance(found, Plan) and found.step_seconds <= plan.step_seconds:
+        if isinstance(found, Plan) and found.own_seconds <= plan.own_seconds:
             break
         found = plan
     return found

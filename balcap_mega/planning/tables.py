@@ -10,11 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from balcap_mega.planning.hardware import GIB
+from balcap_mega.planning.judge import JudgeServers, tokens
 from balcap_mega.planning.layout import Layout
 from balcap_mega.planning.measured import ASSUMPTIONS, MeasuredRow
 from balcap_mega.planning.plan import PHASES, Plan, Planner
 from balcap_mega.planning.published import Published
-from balcap_mega.planning.search import Refusal, Search
+from balcap_mega.planning.search import Refusal, Search, Split
+from balcap_mega.planning.workload import Workload
 
 PLAIN_WIDTH = 180  # of a log that is no terminal
 SHOWN = 10
@@ -37,6 +39,37 @@ def print_facts(console: Console, planner: Planner) -> None:
         f"({workload.image_tokens} of the image), captions of {workload.caption_tokens:g} on average and "
         f"{workload.max_tokens} at most"
     )
+
+
+def print_judge(console: Console, workload: Workload, judge: JudgeServers | None, rate: float, plan: Plan) -> None:
+    """Who judges how fast, what the step waits for that, and what would hide it; no servers where a rate was given."""
+    wait, rollout = plan.seconds["rewards"], plan.seconds["rollout"]
+    if judge is None:
+        who = f"a judge of {rate:.2f} captions a second, as given"
+    else:
+        written, computed, shared = tokens(workload)
+        who = (
+            f"the judge, {judge.model} on {judge.gpus} GPUs as {judge.servers} x TP{judge.tensor}: {rate:.2f} captions "
+            f"a second, of {written:.0f} tokens written, {computed:,.0f} read and {shared:,.0f} from the prefix cache"
+        )
+    console.print(f"  {who}")
+    needed = workload.captions / rollout
+    hidden = f"{needed:.1f} captions a second would hide it"
+    if judge is not None:
+        hidden = f"{judge.gpus_to_hide(workload, rollout)} judge GPUs would hide it ({needed:.1f} captions a second)"
+    console.print(f"  a step waits {wait:.1f} s for it; {hidden}" if wait > 0 else "  its work hides behind generation")
+
+
+def print_split(console: Console, splits: Sequence[Split]) -> None:
+    """A budget of nodes, shared out between training and judging: each way that can be, the fastest first."""
+    table = Table(box=SIMPLE_HEAD, title="nodes shared out between training and judge", title_justify="left")
+    for name in ("training", "judge", "captions/s", "wait s", "step s", "layout"):
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    for split in splits:
+        wait, step = split.plan.seconds["rewards"], split.plan.step_seconds
+        numbers = (f"{split.rate:.1f}", f"{wait:.1f}", f"{step:.1f}")
+        table.add_row(str(split.training), str(split.judging), *numbers, str(split.plan.layout))
+    console.print(table)
 
 
 def print_plan(console: Console, planner: Planner, plan: Plan) -> None:

@@ -3,6 +3,7 @@
 python tests/support/judge_server.py --truths tests/data/photos.jsonl
 
 prints its address and serves until it is ended; the "units" in that file are what is true
+With rates (tests/support/judge_rates.py) a reply takes as long as its tokens do on a server of that speed.
 """
 
 import argparse
@@ -100,12 +101,20 @@ def _sentences(text: str) -> list[str]:
 class JudgeServer:
     """Serves `answer(question name, data)` at `base_url` on a thread of its own.
 
+    rates:    what tokens cost; None for a server that only waits `latency` for every reply
     faults:   by question name (or "*"), the faults that its next requests meet, in order
     requests: every body received, with its question name
     """
 
-    def __init__(self, answer: Callable[[str, dict], dict] | None = None, latency: float = 0.0, port: int = 0):
+    def __init__(
+        self, answer: Callable[[str, dict], dict] | None = None, latency: float = 0.0, port: int = 0, rates=None
+    ):
         self.answer = answer or RuleJudge()
+        self._engine = None
+        if rates is not None:
+            from tests.support.judge_rates import RatedEngine  # which needs a tokenizer
+
+            self._engine = RatedEngine(rates)
         self.latency = latency
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.requests: list[tuple[str, dict]] = []
@@ -179,12 +188,14 @@ class JudgeServer:
             ],
             "usage": {"prompt_tokens": 100, "completion_tokens": 10},
         }
+        if self._engine is not None:
+            reply["usage"] = await self._engine.serve(body, "".join(contents))
         return web.json_response(reply, headers=headers)
 
     def _content(self, name: str, body: dict) -> str | list[str]:
         if name == "plain":
             return self.answer(name, body)
-        return json.dumps(self.answer(name, user_data(body)))
+        return json.dumps(self.answer(name, user_data(body)), separators=(",", ":"))
 
 
 def question_name(body: dict) -> str:

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 
 FIRST_LIMIT = 8  # before anything is known of an address
 REFUSED, SLOWER = 0.5, 0.75  # what is left of the limit after a refusal, and after answers that take longer
-GROWN = 2.0  # times its usual duration, at which an answer is late
-RECENT, USUAL = 0.1, 0.01  # weights of a new duration in the two means that are compared
+GROWN = 3.0  # times the usual duration, at which answers are late
+RECENT = 0.05  # weight of a new duration in the mean that is compared with the usual one
+FALLING, RISING = 0.1, 0.002  # weights in the usual one: what was quick once is expected for a while
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A request under way. `era` counts the limit's reductions up to its start: what began earlier says nothing new."""
+    """A request under way. `era` counts the limit's reductions up to its start: what began earlier says nothing new.
+
+    beside: how many could be under way then
+    """
 
     era: int
+    beside: float
 
 
 class Dismissed(Exception):
@@ -26,7 +31,9 @@ class AdaptiveLimit:
 
     The limit starts low and grows by one an answer until the first sign of pressure, then by one a round of answers. It
     is halved by a refusal or a timeout, and lowered by a quarter when answers take `GROWN` times as long as usual for
-    their kind; each at most once for the requests that were under way together. Used on one event loop.
+    their kind; each at most once for the requests that were under way together. A server that shares its time over
+    twice as many requests may take twice as long for each and is none the slower, so durations count for each request
+    that could be beside it. Used on one event loop.
     """
 
     def __init__(self, ceiling: int):
@@ -36,7 +43,7 @@ class AdaptiveLimit:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._era = 0
         self._usual: dict[str, float] = {}
-        self._recent = 1.0  # durations over their kind's usual one
+        self._recent = 1.0  # shares over their kind's usual one
 
     async def begin(self) -> Turn:
         """Wait for a place. Each must be followed by one `end`. Raises Dismissed when the line is dismissed."""
@@ -51,7 +58,7 @@ class AdaptiveLimit:
                 raise
         else:
             self.under_way += 1
-        return Turn(self._era)
+        return Turn(self._era, self.limit)
 
     def end(self, turn: Turn, kind: str = "", seconds: float | None = None, *, refused: bool = False) -> None:
         """The request is over: answered after `seconds`, refused for pressure (429, timeout), or failed otherwise."""
@@ -68,16 +75,15 @@ class AdaptiveLimit:
             if not place.done():
                 place.set_exception(Dismissed())
         self.limit = float(min(self.ceiling, FIRST_LIMIT))
-        self._era += 1
-        self._usual.clear()
-        self._recent = 1.0
+        self._begin_era()
 
     def _answered(self, turn: Turn, kind: str, seconds: float) -> None:
-        usual = self._usual.setdefault(kind, seconds)
-        self._usual[kind] = usual + USUAL * (seconds - usual)
         if turn.era != self._era:
             return
-        self._recent += RECENT * (seconds / max(usual, 1e-6) - self._recent)
+        share = max(seconds, 1e-6) / turn.beside
+        usual = self._usual.setdefault(kind, share)
+        self._recent += RECENT * (share / usual - self._recent)
+        self._usual[kind] = usual + (FALLING if share < usual else RISING) * (share - usual)
         if self._recent > GROWN:
             self._lower(turn, SLOWER)
         elif 2 * self.under_way >= self.limit:
@@ -86,8 +92,12 @@ class AdaptiveLimit:
     def _lower(self, turn: Turn, factor: float) -> None:
         if turn.era == self._era:
             self.limit = max(self.limit * factor, 1.0)
-            self._era += 1
-            self._recent = 1.0
+            self._begin_era()
+
+    def _begin_era(self) -> None:
+        self._era += 1
+        self._usual.clear()  # with fewer beside it a request has another share
+        self._recent = 1.0
 
     def _leave(self) -> None:
         self.under_way -= 1

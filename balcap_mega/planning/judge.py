@@ -1,0 +1,108 @@
+"""What a step waits for its judge: the tokens of the judge's protocol at the rates that rollouts are planned with."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from balcap_mega.errors import UserError
+from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.released import RELEASED
+from balcap_mega.planning.flops import attention_forward, language_parameters, vision_forward
+from balcap_mega.planning.generation import Generation, cache_bytes_per_token
+from balcap_mega.planning.hardware import BF16, Cluster
+from balcap_mega.planning.workload import Workload
+
+# A caption's share of the protocol, by `python benchmarks/judge.py --tokens`: means over captions of 162.5 tokens.
+FIXTURE_CAPTION_TOKENS = 162.5
+WRITTEN = 363.5
+READ = 2382.5  # of text, over all four questions; the image comes on top, in one of them
+COMPUTED = 995.0  # of these, what no prefix cache has
+QUESTIONS = 4
+
+AT_ONCE = 256  # requests in one server's batch: what an address gets as the recipes are configured
+MEMORY_SHARE = 0.9  # of a GPU, that vLLM's server takes
+WORKSPACE_SHARE = 0.05  # of a GPU, that it needs beside weights and cache
+
+
+@dataclass(frozen=True)
+class JudgeServers:
+    """`gpus` GPUs that serve one model, in bf16, as servers of `tensor` ranks each."""
+
+    model: str
+    architecture: Architecture
+    cluster: Cluster
+    gpus: int
+    tensor: int
+
+    @classmethod
+    def of(cls, model: str, gpus: int, cluster: Cluster, workload: Workload) -> "JudgeServers":
+        """The fastest way to cut that model over the GPUs of one node each.
+
+        Raises UserError for a model that is not a released one, or that does not fit.
+        """
+        architecture = released_architecture(model)
+        sizes = [size for size in (1, 2, 4, 8, 16) if size <= min(gpus, cluster.gpus_per_node) and gpus % size == 0]
+        servers = [cls(model, architecture, cluster, gpus, size) for size in sizes]
+        fitting = [each for each in servers if each.cache_tokens > AT_ONCE]
+        if not fitting:
+            raise UserError(
+                f"{model} does not fit {gpus} judge GPUs of {cluster.gpu.memory / 2**30:.0f} GiB",
+                remedy="give the judge more (--judge-gpus)",
+            )
+        return max(fitting, key=lambda each: each.captions_per_second(workload))
+
+    @property
+    def servers(self) -> int:
+        return self.gpus // self.tensor
+
+    @property
+    def cache_tokens(self) -> float:
+        """Tokens whose keys and values one server holds."""
+        weights = BF16 * language_parameters(self.architecture) / self.tensor
+        room = (MEMORY_SHARE - WORKSPACE_SHARE) * self.cluster.gpu.memory - weights
+        return room / cache_bytes_per_token(self.architecture, self.tensor)
+
+    def captions_per_second(self, workload: Workload) -> float:
+        """What all servers sustain together, each with a full batch."""
+        written, computed, _ = tokens(workload)
+        efficiency, gpu = self.cluster.efficiency, self.cluster.gpu
+        flops = 2 * computed * language_parameters(self.architecture)
+        flops += vision_forward(self.architecture, workload.image_tokens) / workload.group
+        prefill = flops / (gpu.matmul * efficiency.gemm)
+        pairs = (workload.image_tokens + computed / QUESTIONS) * computed / QUESTIONS
+        prefill += self.architecture.num_layers * attention_forward(self.architecture, pairs) / gpu.attention
+        context = (READ / QUESTIONS + written / QUESTIONS) + workload.image_tokens / QUESTIONS
+        batch = max(min(AT_ONCE, self.cache_tokens / context), 1)
+        engine = Generation(self.architecture, self.cluster, self.tensor, BF16, self.cache_tokens)
+        decode = written * engine.step_seconds(batch, context) / batch
+        return self.servers / (prefill / self.tensor + decode)
+
+    def gpus_to_hide(self, workload: Workload, seconds: float) -> int:
+        """How many GPUs, in servers of this size, judge the step's captions within `seconds`."""
+        each = self.captions_per_second(workload) / self.servers
+        return ceil(workload.captions / seconds / each) * self.tensor
+
+
+def tokens(workload: Workload) -> tuple[float, float, float]:
+    """Of one caption: what a judge writes, what it computes of its prompts, and what its prefix cache has of them."""
+    longer = workload.caption_tokens / FIXTURE_CAPTION_TOKENS
+    image = workload.image_tokens / workload.group  # the group's captions share it
+    computed = COMPUTED * longer + image
+    return WRITTEN * longer, computed, READ * longer + workload.image_tokens - computed
+
+
+def released_architecture(model: str) -> Architecture:
+    """By the name under which the model is served; a quantised one counts as what it was made from."""
+    name = Path(model).name.lower()
+    for released, sizes in RELEASED.items():
+        if name.startswith(released.lower()):
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+                return Architecture.from_folder(folder)
+    raise UserError(
+        f"the judge {model!r} is no released model whose size is known here",
+        remedy="give what it was measured to do (--judge-measured FILE or --captions-per-second), or --judge-model "
+        f"with one of its size: {', '.join(RELEASED)}",
+    )
