@@ -113,6 +113,9 @@ class DataConfig(Section):
     """What decodes JPEGs."""
     max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None
     """Shrink larger pictures to this as they are loaded."""
+    pad_to_square: bool = False
+    """Lay pictures on a square of mean colour, as LLaVA's own training did. Its published processor crops a quarter off
+    every 4:3 picture, which judge and reference cover. Whoever serves the trained policy should pad as well."""
     max_missing_fraction: Annotated[Fraction, MAY_CHANGE] = 0.01
     """Stop when a larger share of images cannot be read."""
     too_long: Literal["refuse", "leave_out"] = "refuse"

@@ -89,13 +89,20 @@ def compare_inputs(read: Sequence[NodeInputs]) -> Finding:
 @check("prompts")
 def check_prompts(config: RunConfig, records: list[CaptionRecord]) -> Finding:
     """Does the checkpoint's chat template take images, and do the first records leave the engine room for captions?"""
-    processor = PromptProcessor(config.model.path)
+    processor = PromptProcessor(config.model.path, pad_to_square=config.data.pad_to_square)
     tokens = [processor.check(record) for record in records]
     most = config.rollout.max_model_len
     if max(tokens) >= most:
         count = sum(length >= most for length in tokens)
         remedy = "raise rollout.max_model_len, or shrink the pictures by data.max_pixels"
         return fail(f"{count} of the first {len(tokens)} records take {most} tokens or more", remedy)
+    seen = min(processor.seen_share(record.image.size) for record in records)
+    if seen < 1:
+        return warn(
+            f"the checkpoint's processor cuts pictures to their centre: of one of the first {len(tokens)} it leaves "
+            f"{100 * seen:.0f} %, while judge and reference cover the whole",
+            "set data.pad_to_square=true",
+        )
     return ok(f"of {min(tokens)} to {max(tokens)} tokens in the first {len(tokens)} records, of {most}")
 
 

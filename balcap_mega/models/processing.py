@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoProcessor
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
 from balcap_mega.models.families import FAMILIES
+from balcap_mega.models.squares import pad_to_square, seen_share
 from balcap_mega.models.torchvision_operators import declare_torchvision_operators
 from balcap_mega.models.vision import VisionInputs
 
@@ -41,9 +43,11 @@ class PromptProcessor:
 
     eos_token_ids:    any of these ends a caption; the first is the one that supervised targets end with
     banned_token_ids: media placeholders, which a caption must not hold: they would ask for an image's embeddings
+    pad_to_square: lay pictures on a square, for the engine and the trainer alike, where the image processor would cut
+        out their centre. UserError for a model that sees whole pictures anyway.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, pad_to_square: bool = False):
         declare_torchvision_operators()
         self.folder = folder
         try:
@@ -57,6 +61,12 @@ class PromptProcessor:
         self._family = FAMILIES[self._config.model_type]
         self._tokenizer = self._processor.tokenizer
         self._text_lengths: dict[str, int] = {}  # of prompts as rendered; a dataset has few that differ
+        self._pads = pad_to_square
+        if pad_to_square and self.seen_share((2, 1), as_it_is=True) == 1:
+            raise UserError(
+                f"data.pad_to_square=true, but {self._config.model_type} in {folder} sees whole pictures of any shape",
+                remedy="set data.pad_to_square=false",
+            )
         self.eos_token_ids = _eos_token_ids(Path(folder), self._tokenizer.eos_token_id)
         self.banned_token_ids = self._media_token_ids()
 
@@ -68,7 +78,7 @@ class PromptProcessor:
         """The same for several records in one call of the processor, whose own work is most of the time."""
         inputs = self._processor(
             text=[self.prompt_text(record.prompt) for record in records],
-            images=[record.image.convert("RGB") for record in records],
+            images=[self._picture(record) for record in records],
         )
         images = self._family.images(inputs)
         token_ids = [torch.tensor(row) for row in inputs["input_ids"]]
@@ -115,8 +125,16 @@ class PromptProcessor:
         """The record as a vLLM prompt; the engine expands the image tokens itself."""
         return {
             "prompt": self.prompt_text(record.prompt),
-            "multi_modal_data": {"image": record.image.convert("RGB")},
+            "multi_modal_data": {"image": self._picture(record)},
         }
+
+    def seen_share(self, size: tuple[int, int], *, as_it_is: bool = False) -> float:
+        """The share of a picture of `size` that the model sees; with `as_it_is`, of one that was not padded."""
+        return 1.0 if self._pads and not as_it_is else seen_share(self._processor.image_processor, size)
+
+    def _picture(self, record: CaptionRecord) -> Image.Image:
+        image = record.image.convert("RGB")
+        return pad_to_square(image, self._processor.image_processor) if self._pads else image
 
     def position_ids(self, token_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         """[3, S] rotary positions of [S] tokens holding the images of `image_grid_thw` ([n, 3], or None)."""

@@ -74,13 +74,14 @@ class RolloutEngine:
         dtype: torch.dtype,
         seed: int,
         sleeps: bool = False,
+        pad_to_square: bool = False,
     ):
         self.config = config
         self.device = device
         self.dtype = dtype
         self.seed = seed
         self.sleeps = sleeps and device.type == "cuda"
-        self.processor = PromptProcessor(model_folder)
+        self.processor = PromptProcessor(model_folder, pad_to_square=pad_to_square)
         architecture = Architecture.from_folder(model_folder)
         self.vision_data_parallel = architecture.family.vision_data_parallel and config.tensor_parallel > 1
         self._vllm = import_vllm()

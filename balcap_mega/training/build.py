@@ -1,6 +1,9 @@
 """The parts of a training step, built and put together."""
 
+import logging
 from pathlib import Path
+
+import torch
 
 from balcap_mega.algorithm.advantages import component_weights
 from balcap_mega.algorithm.words import count_words
@@ -21,6 +24,8 @@ from balcap_mega.training.guard.health import Health
 from balcap_mega.training.guard.signals import StopRequest
 from balcap_mega.training.learner import Learner
 from balcap_mega.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def build_trainer(
@@ -51,8 +56,15 @@ def build_trainer(
         dtype=platform.dtype(config.model.dtype),
         seed=config.seed,
         sleeps=learner.shares_device,
+        pad_to_square=config.data.pad_to_square,
     )
-    processor = PromptProcessor(start)
+    processor = PromptProcessor(start, pad_to_square=config.data.pad_to_square)
+    if config.data.source != "scenes" and processor.seen_share((4, 3)) < 1 and torch.distributed.get_rank() == 0:
+        log.warning(
+            "the model's image processor cuts pictures to their centre: it sees %.0f %% of one of 4:3, while judge and "
+            "reference cover the whole; data.pad_to_square=true shows it all",
+            100 * processor.seen_share((4, 3)),
+        )
     return Trainer(
         config=config,
         dataset=dataset,

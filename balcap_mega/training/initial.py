@@ -53,7 +53,8 @@ def warmed_up_checkpoint(
     if not from_first_rank(folder.warmed_up.exists()):
         model = config.model.model_copy(update={"freeze_vision": False})
         learner = Learner(initial, model, config.parallel, config.optimizer, config.algorithm, platform)
-        batches = batch_builder(PromptProcessor(initial), config, grid, learner.architecture)
+        processor = PromptProcessor(initial, pad_to_square=config.data.pad_to_square)
+        batches = batch_builder(processor, config, grid, learner.architecture)
         warm_up(learner, batches, dataset, warm_up_target, config.warmup, seed=config.seed, on_step=on_step)
         export_checkpoint(learner.policy, initial, folder.warmed_up)
     return folder.warmed_up

@@ -41,7 +41,7 @@ def fitting(config: RunConfig, datasets: Sequence[CaptionDataset], device: torch
     `data.too_long=refuse`; and for more of them than `data.max_missing_fraction` under `leave_out`.
     """
     with failing_together(device):
-        processor = PromptProcessor(config.model.path)
+        processor = PromptProcessor(config.model.path, pad_to_square=config.data.pad_to_square)
         check_length(processor.check(datasets[0][0]), config)
     return [
         _fitting(dataset, processor, config, device) if isinstance(dataset, ImageFileDataset) else dataset
