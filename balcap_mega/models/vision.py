@@ -62,6 +62,9 @@ def encode_images(
     else:
         reference = next(tower.parameters())
         encoded = torch.empty(0, tower.width, dtype=reference.dtype, device=reference.device)
+        # Where gradients flow to the images, this rank too must take part in the collectives of their backward pass.
+        trained = any(parameter.requires_grad for parameter in tower.parameters())
+        encoded.requires_grad_(trained and torch.is_grad_enabled())
     sizes = [sum(counts[index] for index in share) for share in shares]
     gathered = _GatherRows.apply(encoded, sizes, group)
     order = [index for share in shares for index in share]
