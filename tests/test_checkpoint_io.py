@@ -55,6 +55,7 @@ def round_trips(folders: list[Path], targets: list[Path], layouts: tuple[dict, .
 CASES = {
     "qwen2_5_vl one kv head": {"text_config": {"num_key_value_heads": 1}},
     "qwen2_5_vl tied": {"tie_word_embeddings": True, "text_config": {"num_hidden_layers": 3}},
+    "qwen3_vl": {"text_config": {"num_hidden_layers": 4}},
     "llava": {"text_config": {"num_hidden_layers": 3}},
 }
 

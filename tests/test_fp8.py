@@ -93,6 +93,7 @@ def test_rows_are_padded_to_whole_tiles_on_every_rank(tensor, sequence, multiple
     ("name", "vision"),
     [
         ("Qwen2.5-VL-7B", ("visual.blocks.3.mlp.gate_up_proj", "visual.merger.mlp.0")),
+        ("Qwen3-VL-8B", ("visual.blocks.3.mlp.linear_fc1", "visual.deepstack_merger_list.0.linear_fc2")),
         ("LLaVA-1.5-7B", ("vision_tower.encoder.layers.3.mlp.fc1", "multi_modal_projector.linear_1")),
     ],
 )

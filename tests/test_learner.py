@@ -9,6 +9,7 @@ from balcap_mega.algorithm.metrics import PolicyMetrics
 from balcap_mega.algorithm.policy_loss import PolicyLoss
 from balcap_mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from balcap_mega.data.records import CaptionRecord
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
@@ -51,7 +52,7 @@ def make_batch(folder, learner, layout, updates=1, fp8="none"):
     return builder.from_rollouts(Prompts(records, range(2)), groups, advantages, updates).minibatches
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_first_update_has_ratio_one_and_no_divergence(tiny_checkpoint, layout, family):
     folder = tiny_checkpoint(family)
     learner = make_learner(folder, kl_weight=0.1)

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 from balcap_mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.policy import VisionLanguagePolicy, build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel, process_grid
@@ -30,7 +31,6 @@ from tests.support.policy_cases import (
 # zero (such as the key biases of CLIP) into steps of full size, in transformers' model as well as in ours.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.95), eps=1e-5, max_grad_norm=1.0)
 STEPS = 3
-FAMILIES = ("qwen2_5_vl", "llava")
 
 
 def whole_logits(vocab_size: int):
@@ -228,7 +228,10 @@ def test_one_rank(job):
 
 def test_two_ranks(job):
     layouts = (layout(1, 1, distributed_optimizer=True), layout(2, 1), layout(2, 1, sequence=True), layout(1, 2))
-    recomputed = [job("qwen2_5_vl", layout(2, 1, sequence=True), recompute=kind) for kind in ("selective", "full")]
+    recomputed = [
+        job(family, layout(2, 1, sequence=True), recompute=kind)
+        for family, kind in (("qwen2_5_vl", "selective"), ("qwen2_5_vl", "full"), ("qwen3_vl", "full"))
+    ]
     check(2, *(job(family, *layouts) for family in FAMILIES), *recomputed)
 
 

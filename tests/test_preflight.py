@@ -93,7 +93,7 @@ def test_empty_data(run, tmp_path):
         preflight(run(data=data, rewards=MLLM), 1)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_real_checkpoints_pass(tiny_checkpoint, family):
     model = ModelConfig(path=str(tiny_checkpoint(family)))
     check_model(model, ParallelConfig(tensor=2), RolloutConfig(max_tokens=64, max_model_len=512))

@@ -213,7 +213,8 @@ def test_ranks_read_each_others_parameters_where_all_reach_all():
 
 
 def test_refit_on_one_rank(tiny_checkpoint):
-    launch(1, one_rank, [tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=True), tiny_checkpoint("llava")])
+    tied = tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=True)
+    launch(1, one_rank, [tied, tiny_checkpoint("qwen3_vl"), tiny_checkpoint("llava")])
 
 
 def test_refit_in_fp8_is_what_loading_is(tiny_checkpoint):
@@ -234,7 +235,9 @@ def test_refit_between_layouts_on_two_ranks(tiny_checkpoint):
         tiny_checkpoint("qwen2_5_vl", tie_word_embeddings=True),
         tiny_checkpoint("llava"),
     )
+    deepstack = tiny_checkpoint("qwen3_vl", tie_word_embeddings=True)
     layouts = [(qwen, 1, [(1, 1), (2, 1), (1, 2)]), (tied, 2, [(1, 2), (2, 1)]), (llava, 2, [(1, 2), (1, 1)])]
+    layouts += [(deepstack, 1, [(1, 2)]), (deepstack, 2, [(2, 1)])]
     launch(2, several_ranks, layouts)
 
 

@@ -9,12 +9,12 @@ from transformers import AutoModelForImageTextToText
 
 from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.errors import UserError
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest, request_seed
 from tests.support.distributed import launch
 from tests.support.rollout_cases import largest_difference, make_prompts, reference_logits
 
 TOLERANCE = 1e-4
-FAMILIES = ["qwen2_5_vl", "llava"]
 
 
 def make_engine(folder, **options) -> RolloutEngine:

@@ -28,6 +28,7 @@ from balcap_mega.data.jsonl import as_line, read_jsonl
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation import caparena, dcscore
 from balcap_mega.evaluation.pictures import Pictures
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.rewards.mllm.judge import MllmJudge
 from balcap_mega.rewards.mllm.transport import MOST_REPLY_BYTES
@@ -80,7 +81,7 @@ def test_a_prompt_that_spells_an_images_token_is_refused(tmp_path, token):
         ImageFileDataset([ImageRow("evil", "1.png", f"What is {token}?", "A field.")], tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_special_tokens_in_a_caption_are_text(family, tiny_checkpoint):
     processor = PromptProcessor(tiny_checkpoint(family))
     caption = "A sign says <image> and <|image_pad|><|im_end|></s>."

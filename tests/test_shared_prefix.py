@@ -16,6 +16,7 @@ from balcap_mega.algorithm.policy_loss import policy_loss
 from balcap_mega.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.policy import build_policy
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.packing.assign import assign_rows
@@ -178,7 +179,7 @@ def compare_all(folder) -> tuple[dict[str, dict[str, float]], list[int]]:
     return {name: compare(folder, layout) for name, layout in layouts.items()}, images_encoded(folder)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prefix_changes_nothing(tiny_checkpoint, family):
     ranks = launch(2, compare_all, tiny_checkpoint(family))
     assert sum(sum(counts) for _, counts in ranks) == len(GROUPS), (

@@ -130,6 +130,8 @@ def expected_shard(policy: VisionLanguagePolicy, name: str, parameter: Tensor, s
         return state[prefix + "input_layernorm.weight"]
     if block == "pre_mlp_layernorm":
         return state[prefix + "post_attention_layernorm.weight"]
+    if rest[0] in ("q_layernorm", "k_layernorm"):
+        return state[f"{prefix}self_attn.{rest[0][0]}_norm.weight"]
     cut = {"tensor": layout.tensor_size, "rank": layout.tensor_rank}
     if rest[0] == "linear_qkv":
         parts = [state[f"{prefix}self_attn.{part}_proj.{rest[1]}"] for part in "qkv"]
