@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -195,11 +194,26 @@ def test_broken_folders_are_refused(checkpoint, tiny_checkpoint):
 
 def test_old_checkpoints_import(checkpoint):
     """Constants beside the weights, and a stored copy of a tied head, are passed over."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    tie(checkpoint)
     edit(checkpoint, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}))
-    with safe_open(checkpoint / "model.safetensors", framework="pt") as opened:
-        assert "lm_head.weight" in opened.keys()  # noqa: SIM118
+    edit(checkpoint, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     stored = check_checkpoint(checkpoint, Architecture.from_folder(checkpoint))
     assert "lm_head.weight" not in stored
+
+
+def test_another_head_beside_tied_embeddings_is_refused(checkpoint):
+    """transformers, and vLLM likewise, take the stored head there; untied by the remedy, all three agree on it."""
+    tie(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    assert not torch.equal(model.lm_head.weight, model.model.language_model.embed_tokens.weight)
+    with pytest.raises(UserError, match=r"lm_head\.weight is stored and is not the embedding.*tie_word_embeddings"):
+        check_checkpoint(checkpoint, Architecture.from_folder(checkpoint))
+    tie(checkpoint, False)
+    assert "lm_head.weight" in check_checkpoint(checkpoint, Architecture.from_folder(checkpoint))
+
+
+def tie(folder: Path, tied: bool = True) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
+    path.write_text(json.dumps(config))

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.multiprocessing as multiprocessing
 from transformers import AutoModelForImageTextToText
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
+from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import build_policy
@@ -22,7 +24,7 @@ from balcap_mega.rollout.refit import build_refit
 from balcap_mega.rollout.refit import refit as refit_module
 from balcap_mega.rollout.refit.peers import share_parameters
 from balcap_mega.rollout.refit.pieces import checksums
-from balcap_mega.rollout.refit.refit import RefitError
+from balcap_mega.rollout.refit.refit import Refit, RefitError
 from balcap_mega.rollout.vllm_runtime import import_vllm
 from tests.support.distributed import _rank_main, launch, launcher_store
 from tests.support.policy_cases import load_state
@@ -82,6 +84,20 @@ def one_rank(folders):
         assert report.sent_bytes == report.received_bytes == 0 and min(report.seconds.values()) >= 0
         check_frozen_vision(folder, engine)
     check_wrong_checksum(folder, engine)
+    check_every_parameter_is_accounted_for(folder, engine)
+
+
+def check_every_parameter_is_accounted_for(folder, engine):
+    """A parameter that the engine computes with and that no table lists is found at the start."""
+    policy, parallel = make_policy(folder, 1, 1)
+    transfers = build_refit(policy, engine, parallel)._transfers
+    forgotten = "language_model.model.norm.weight"
+    others = {name: elements for name, elements in transfers.target_elements.items() if name != forgotten}
+    with pytest.raises(UserError, match=f"no update reaches: {forgotten}"):
+        Refit(policy, engine, replace(transfers, target_elements=others), timeout_seconds=60)
+    halved = transfers.target_elements | {forgotten: transfers.target_elements[forgotten] // 2}
+    with pytest.raises(UserError, match=f"of another size: {forgotten}"):
+        Refit(policy, engine, replace(transfers, target_elements=halved), timeout_seconds=60)
 
 
 def check_frozen_vision(folder, engine):

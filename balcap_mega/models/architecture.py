@@ -3,6 +3,7 @@
 What all families have in common is read here, what is particular to one by its `Family`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,6 +122,11 @@ class Architecture:
             "use_sliding_window": (getattr(text, "use_sliding_window", False), (False,)),
             "mlp_bias": (getattr(text, "mlp_bias", False), (False,)),
             "text_config.attention_bias": (getattr(text, "attention_bias", False), (False,)),
+            "layer_types": (set(getattr(text, "layer_types", None) or ()), (set(), {"full_attention"})),
+            "partial_rotary_factor": (_anywhere("partial_rotary_factor", 1.0, rope, vars(text), vars(config)), (1.0,)),
+            "logit_scale": (_anywhere("logit_scale", 1.0, vars(text), vars(config)), (1.0,)),
+            "quantization_config": (getattr(config, "quantization_config", None), (None,)),
+            **{key: (value, (0.0,)) for key, value in _dropouts(config).items()},
         }
         for key, (value, supported) in (requirements | family.requirements(config)).items():
             if value not in supported:
@@ -250,6 +256,22 @@ class Architecture:
             **options,
             **extra,
         )
+
+
+def _anywhere(key: str, default: Any, *places: Mapping[str, Any]) -> Any:
+    """The first value other than `default` that a place gives for `key`."""
+    return next((place[key] for place in places if place.get(key, default) != default), default)
+
+
+def _dropouts(config: PretrainedConfig) -> dict[str, Any]:
+    """Every key of the model and its sections that speaks of dropout: no decoder here has any, a tower would."""
+    sections = {"": config, "text_config.": config.text_config, "vision_config.": config.vision_config}
+    return {
+        prefix + key: value
+        for prefix, section in sections.items()
+        for key, value in vars(section).items()
+        if "dropout" in key or key.endswith("_pdrop")
+    }
 
 
 def _leave_as_allocated(weight: torch.Tensor) -> torch.Tensor:

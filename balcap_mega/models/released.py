@@ -16,7 +16,7 @@ def write_config(folder: Path, name: str, **overrides: Any) -> Path:
     config = json.loads(json.dumps(RELEASED[name]))
     for key, value in overrides.items():
         if isinstance(value, dict):
-            config[key].update(value)
+            config.setdefault(key, {}).update(value)
         else:
             config[key] = value
     folder.mkdir(parents=True, exist_ok=True)

@@ -141,8 +141,6 @@ class Qwen3_VL(QwenVL):
             # transformers interleaves always, vLLM only where it is told to.
             "mrope_interleaved": (config.text_config.rope_parameters.get("mrope_interleaved", False), (True,)),
             "deepstack_visual_indexes": (levels, (sorted(set(levels) & set(range(vision.depth))),)),
-            # vLLM's rotary positions of patches know one base alone.
-            "vision_config.rope_theta": (vision.rope_parameters["rope_theta"], (10000.0,)),
         }
 
     def vision_tower(self, config: PretrainedConfig) -> Qwen3_VisionTower:

@@ -44,6 +44,14 @@ class QwenVL(Family):
     vision_data_parallel = True
     media_tokens = ("<|vision_pad|>",)
 
+    def requirements(self, config: PretrainedConfig) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        vision = config.vision_config
+        return {
+            "vision_config.out_hidden_size": (vision.out_hidden_size, (config.text_config.hidden_size,)),
+            # vLLM's rotary positions of patches know one base alone.
+            "vision_config.rope_theta": (vision.rope_parameters["rope_theta"], (10000.0,)),
+        }
+
     def images(self, inputs: Mapping[str, Any]) -> list[VisionInputs]:
         grids = inputs["image_grid_thw"]
         patches = inputs["pixel_values"].split(grids.prod(dim=1).tolist())

@@ -4,15 +4,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.models.huggingface.tensors import canonical_name, huggingface_shapes
+from balcap_mega.models.huggingface.tensors import canonical_name, head_name, huggingface_shapes
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+BAND_ROWS = 4096
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -33,12 +35,12 @@ class StoredTensor:
 def check_checkpoint(folder: str | Path, architecture: Architecture) -> dict[str, StoredTensor]:
     """Every tensor of `huggingface_shapes(architecture)`, found in `folder`. Reads headers only, allocates nothing.
 
-    Raises UserError naming the tensors that are missing, unexpected, misshapen or quantised.
+    Raises UserError naming the tensors that are missing, unexpected, misshapen or quantised. A stored head beside tied
+    embeddings is compared with them: transformers and vLLM use it where it differs, in spite of the configuration.
     """
     stored = _read_headers(Path(folder), architecture)
     expected = huggingface_shapes(architecture)
-    if architecture.tie_word_embeddings:
-        stored = {name: tensor for name, tensor in stored.items() if not name.endswith("lm_head.weight")}
+    head = stored.pop(architecture.family.head, None) if architecture.tie_word_embeddings else None
     problems = {
         "missing": [name for name in expected if name not in stored],
         "unexpected": [name for name in stored if name not in expected],
@@ -59,7 +61,22 @@ def check_checkpoint(folder: str | Path, architecture: Architecture) -> dict[str
             f"the weights in {folder} are not those of its config.json ({found})",
             remedy="download the checkpoint again, whole and unquantised, with the config.json that belongs to it",
         )
+    if head is not None and not _same(head, stored[head_name(architecture)]):
+        raise UserError(
+            f"{folder}/config.json ties the word embeddings, but {head.name} is stored and is not the embedding",
+            remedy="set tie_word_embeddings to false in config.json: so do transformers and vLLM read this folder",
+        )
     return stored
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two matrices hold the same numbers; read a band of rows at a time."""
+    if one.shape != other.shape:
+        return False
+    with safe_open(one.file, framework="pt") as left, safe_open(other.file, framework="pt") as right:
+        a, b = left.get_slice(one.name), right.get_slice(other.name)
+        bands = ((row, row + BAND_ROWS) for row in range(0, one.shape[0], BAND_ROWS))
+        return all(torch.equal(a[start:stop], b[start:stop]) for start, stop in bands)
 
 
 def _some(names: list[str], limit: int = 4) -> str:

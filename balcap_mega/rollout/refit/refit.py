@@ -87,7 +87,11 @@ class Refit:
             received = (piece for bucket in transfers.buckets for piece in bucket.receives)
             wanted = {(piece.source_rank, piece.source.parameter) for piece in received}
             self._peers = share_parameters({name: self._parameters[name] for name in offered}, wanted)
-        init_info = {"target_elements": transfers.target_elements, "dtype": engine.dtype}
+        init_info = {
+            "target_elements": transfers.target_elements,
+            "kept_elements": transfers.kept_elements,
+            "dtype": engine.dtype,
+        }
         self._rpc("init_weight_transfer_engine", init_info=init_info)
 
     def run(self, offload: Callable[[], None] | None = None) -> RefitReport:

@@ -71,12 +71,14 @@ class Transfers:
 
     lower_bound_elements: what this rank's engine needs and this rank does not hold: nobody can receive fewer
     target_elements:      how much of each vLLM parameter of this rank is written
+    kept_elements:        how much of each is left as it was loaded (frozen weights)
     """
 
     rank: int
     buckets: tuple[Bucket, ...]
     lower_bound_elements: int
     target_elements: dict[str, int]
+    kept_elements: dict[str, int]
 
     @property
     def received_elements(self) -> int:
@@ -127,7 +129,11 @@ def find_transfers(
                 target_elements[place.parameter] += _area(block)
             own = sum(_area(_intersection(block, other)) for other, at in held[name].items() if rank in at)
             lower_bound += (_area(block) - own) * len(ranks[rank])
-    return Transfers(rank, packer.finish(), lower_bound, dict(target_elements))
+    kept = Counter()
+    for block in targets[rank]:
+        if block.hf_name in skip:
+            kept[block.parameter] += _area((block.rows, block.cols))
+    return Transfers(rank, packer.finish(), lower_bound, dict(target_elements), dict(kept))
 
 
 Rectangle = tuple[Span, Span]

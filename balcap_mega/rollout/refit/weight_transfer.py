@@ -4,7 +4,8 @@ Importing this module imports vLLM; the engine names it by its path (`WEIGHT_TRA
 """
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +15,33 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import _copy_and_restore_kernel_tensors, get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
 
+from balcap_mega.errors import UserError
 from balcap_mega.rollout.refit.pieces import CorruptPieces, Write, checksums, rectangle
+
+DERIVED = ".weight_scale"
+"""What vLLM's quantisation makes of a weight, whenever one is written; see `_derive`."""
+
+
+class Unaccounted(UserError):
+    """The engine has parameters that the refit's tables do not list, or the other way round."""
 
 
 @dataclass
 class InPlaceInitInfo(WeightTransferInitInfo):
-    """target_elements: how many elements of each parameter every update writes; dtype: in what they are sent."""
+    """Of each parameter, by how many elements.
+
+    target_elements: written by every update
+    kept_elements:   left as they were loaded, since the trainer does not change them
+    dtype:           in what they are sent
+    """
 
     target_elements: dict[str, int]
+    kept_elements: dict[str, int]
     dtype: torch.dtype
 
 
@@ -54,6 +70,8 @@ class InPlaceWeightTransfer(WeightTransferEngine[InPlaceInitInfo, InPlaceUpdateI
     trainer_send_weights = None  # vLLM 0.24 wants one; what sends here is `Refit`
 
     def init_transfer_engine(self, init_info: InPlaceInitInfo) -> None:
+        """Raises Unaccounted where the engine computes with anything but what updates write and what is kept."""
+        _account(self.model, Counter(init_info.target_elements) + Counter(init_info.kept_elements))
         self._elements: dict[str, int] = defaultdict(int)
         for name, elements in init_info.target_elements.items():
             self._elements[_layer_of(name)] += elements
@@ -176,6 +194,36 @@ class RefitWorker:
 
 
 _WORKER_TELLS_ENGINE = hasattr(WeightTransferEngine, "start_weight_update")
+
+
+def _account(model: nn.Module, known: Mapping[str, int]) -> None:
+    """Every parameter that the model computes with is known whole, or derived from one that is."""
+    loaded = dict(_loaded_elements(model))
+    known = {name: known.get(name, 0) for name in loaded.keys() | known.keys() if not name.endswith(DERIVED)}
+    problems = {
+        "no update reaches": [name for name in known if not known[name] and loaded[name]],
+        "the engine does not have": [name for name in known if name not in loaded],
+        "of another size": [name for name in known if 0 < known[name] != loaded.get(name, known[name])],
+    }
+    found = "; ".join(f"{what}: {', '.join(sorted(names)[:4])}" for what, names in problems.items() if names)
+    if found:
+        raise Unaccounted(
+            f"the engine's parameters are not those of the trainer ({found})",
+            remedy="use a checkpoint whose config.json describes its weights: launch/check_model.py holds one against "
+            "transformers",
+        )
+
+
+def _loaded_elements(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Each parameter with the elements that a checkpoint gives it: the padding of a vocabulary is none."""
+    for name, live in model.named_parameters():
+        module = model.get_submodule(_layer_of(name))
+        loaded, _ = get_layerwise_info(module).restore_metadata
+        parameter = loaded.get(name.rpartition(".")[2], live)
+        if isinstance(module, VocabParallelEmbedding):
+            yield name, module.shard_indices.num_org_elements * parameter[0].numel()
+        else:
+            yield name, parameter.numel()
 
 
 def _layer_of(parameter: str) -> str:
