@@ -24,7 +24,7 @@ from balcap_mega.planning.tables import print_assumptions, print_measured
 from balcap_mega.planning.workload import Workload, pack_for
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ("llava15_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_vl_32b", "qwen2_5_vl_72b")
+RECIPES = ("llava15_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_vl_32b", "qwen2_5_vl_72b", "qwen3_vl_8b")
 
 
 def recipe(name: str, *overrides: str):

@@ -21,6 +21,7 @@ RECIPES = {
     "qwen2_5_vl_7b": "qwen2_5_vl",
     "qwen2_5_vl_32b": "qwen2_5_vl",
     "qwen2_5_vl_72b": "qwen2_5_vl",
+    "qwen3_vl_8b": "qwen3_vl",
 }
 
 
@@ -53,7 +54,8 @@ def test_recipe_says_what_the_paper_says(recipe):
     assert (config.algorithm.gate.lower, config.algorithm.gate.upper) == (0.5, 2.0)
     assert set(config.algorithm.weights) == {"precision", "recall", "linguistic"}
     assert config.model.freeze_vision
-    largest = {"llava": 576, "qwen2_5_vl": (config.data.max_pixels or 0) // 28**2}[RECIPES[recipe]]
+    largest = {"llava": 576, "qwen2_5_vl": (config.data.max_pixels or 0) // 28**2}
+    largest = (largest | {"qwen3_vl": (config.data.max_pixels or 0) // 32**2})[RECIPES[recipe]]
     assert largest > 0 and 1.1 * largest + 100 + config.rollout.max_tokens < config.rollout.max_model_len
 
 

@@ -123,7 +123,8 @@ def _backward(
         parts["FP8 weights"] = 2 * weights * (1 / layers if config.model.recompute == "full" else in_flight)
     if stage == 0:  # kept for all of a step's passes
         images = workload.updates * rows.total.images
-        parts["image embeddings"] = BF16 * images * workload.image_tokens * architecture.hidden_size
+        width = architecture.hidden_size * (1 + architecture.decoder.deepstack)
+        parts["image embeddings"] = BF16 * images * workload.image_tokens * width
     if stage == parallel.pipeline - 1:
         parts["head"] = activations.head(rows.largest, CHUNK_BYTES["cuda"])
     return parts | {"fragmentation": FRAGMENTATION * sum(parts.values())}

@@ -1,4 +1,8 @@
-"""LLaVA-1.5 (arXiv 2310.03744), 7B and 13B: a CLIP tower read before its last layer, and a two-layer projector."""
+"""LLaVA-1.5 (arXiv 2310.03744): a CLIP tower read before its last layer, a two-layer projector, a Llama decoder.
+
+7B and 13B, and others of that computation, such as one with Llama 3. LLaVA-NeXT cuts pictures into tiles, others have
+SigLIP towers or decoders with sliding windows: they are refused by name.
+"""
 
 import math
 import re
@@ -60,7 +64,7 @@ def _feature_depth(config: PretrainedConfig) -> int:
     return config.vision_feature_layer % (config.vision_config.num_hidden_layers + 1)
 
 
-def _released(hidden, ffn, layers, heads) -> dict[str, Any]:
+def _released(hidden, ffn, layers, heads, **text: Any) -> dict[str, Any]:
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -80,6 +84,7 @@ def _released(hidden, ffn, layers, heads) -> dict[str, Any]:
             "num_key_value_heads": heads,
             "rms_norm_eps": 1e-05,
             "vocab_size": 32064,
+            **text,
         },
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
@@ -99,6 +104,12 @@ def _released(hidden, ffn, layers, heads) -> dict[str, Any]:
     }
 
 
+LLAMA_3 = _released(
+    4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128320, rope_theta=500000.0, max_position_embeddings=8192
+) | {"image_token_index": 128257, "pad_token_id": 128258}
+"""xtuner/llava-llama-3-8b-v1_1-transformers."""
+
+
 class Llava(Family):
     name = "llava"
     title = "LLaVA-1.5"
@@ -115,6 +126,7 @@ class Llava(Family):
     released: ClassVar = {
         "LLaVA-1.5-7B": _released(4096, 11008, 32, 32),
         "LLaVA-1.5-13B": _released(5120, 13824, 40, 40),
+        "LLaVA-Llama-3-8B": LLAMA_3,
     }
 
     def decoder(self, config: PretrainedConfig) -> Decoder:
