@@ -1,4 +1,4 @@
-"""Runs test_kernels.py in Triton's interpreter, which a process must ask for before it imports Triton."""
+"""Runs the tests of the kernels in Triton's interpreter, which a process must ask for before it imports Triton."""
 
 import os
 import subprocess
@@ -21,6 +21,7 @@ def test_kernels_in_the_interpreter():
             "-p",
             "no:xdist",
             str(HERE / "test_kernels.py"),
+            str(HERE / "test_kernels_in_training.py"),
         ],
         cwd=HERE.parent,
         env=environment,

@@ -30,13 +30,15 @@ def layout():
     torch.distributed.destroy_process_group()
 
 
-def make_learner(folder, dtype="float32", parallel=PARALLEL, **algorithm) -> Learner:
+def make_learner(folder, dtype="float32", parallel=PARALLEL, eps=1e-8, **algorithm) -> Learner:
     model = ModelConfig(path=str(folder), dtype=dtype)
     config = AlgorithmConfig(**algorithm)
-    return Learner(folder, model, parallel, OptimizerConfig(learning_rate=1e-2), config, Platform.resolve("cpu"))
+    return Learner(
+        folder, model, parallel, OptimizerConfig(learning_rate=1e-2, eps=eps), config, Platform.resolve("cpu")
+    )
 
 
-def make_batch(folder, learner, layout, updates=1, fp8="none"):
+def make_batch(folder, learner, layout, updates=1, fp8="none", advantages=None):
     """Two prompts with two captions each, with made-up engine logprobs and advantages."""
     processor = PromptProcessor(folder)
     records = [CaptionRecord(str(n), Image.new("RGB", (56, 84), (9, 99, 40 * n)), "Describe it.", "") for n in range(2)]
@@ -45,8 +47,9 @@ def make_batch(folder, learner, layout, updates=1, fp8="none"):
         tokens = [processor.encode_caption(text) for text in CAPTIONS[2 * number : 2 * number + 2]]
         rollouts = tuple(Rollout(ids, (-6.0,) * len(ids), "", True) for ids in tokens)
         groups.append(RolloutGroup(number, processor(record).prompt_token_ids, rollouts, SeenRecord.of(number, record)))
-    values = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    advantages = Advantages(values, values[None], torch.zeros(4, dtype=torch.bool))
+    if advantages is None:
+        values = torch.tensor([1.0, -1.0, 0.5, -0.5])
+        advantages = Advantages(values, values[None], torch.zeros(4, dtype=torch.bool))
     config = RunConfig(output_dir="unused", model={"path": str(folder), "fp8": fp8}, packing={"row_tokens": 256})
     builder = batch_builder(processor, config, layout, learner.architecture)
     return builder.from_rollouts(Prompts(records, range(2)), groups, advantages, updates).minibatches
