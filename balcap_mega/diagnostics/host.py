@@ -82,7 +82,10 @@ def check_disk(folder: Path, needs: Needs | None) -> Finding:
 def check_open_files(config: RunConfig | None) -> Finding:
     """Each request to a judge holds one, and so does each rank that the launcher's store serves."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    judging = config.rewards.endpoint.concurrency if config and config.rewards.endpoint else 0
+    most: dict[str, int] = {}  # by address: endpoints that differ in the model alone may share one
+    for endpoint in config.rewards.endpoints().values() if config else ():
+        most |= {address: max(endpoint.concurrency, most.get(address, 0)) for address in endpoint.addresses}
+    judging = sum(most.values())
     wanted = OPEN_FILES + 2 * judging
     detail = f"a process may have {soft}"
     if soft != resource.RLIM_INFINITY and soft < wanted:
