@@ -33,6 +33,7 @@ setup(
         "megatron-core==0.16.1",
         "numpy>=2.0",
         "pillow>=12",
+        "pyarrow>=20",
         "pydantic>=2.12",
         "pyyaml>=6.0",
         "rich>=14",

@@ -127,7 +127,7 @@ def check_device(config: RunConfig) -> None:
 
 def check_data(data: DataConfig) -> None:
     """Can the annotations be read, and is the image folder there?"""
-    if data.path is not None:
+    if data.path is not None and not (data.source == "parquet" and os.path.isdir(data.path)):
         try:
             with open(data.path, "rb") as file:
                 empty = not file.read(1)

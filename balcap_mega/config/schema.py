@@ -90,13 +90,30 @@ class ParallelConfig(Section):
         return self
 
 
+class ParquetColumns(Section):
+    """Which columns of a parquet data set hold what."""
+
+    image: str = "image"
+    """Bytes, a struct of `bytes` and `path` as Hugging Face's data sets have, or a path below data.image_root."""
+    reference: str = "reference"
+    """The caption that others are compared with: a text, or a list of one."""
+    prompt: str | None = None
+    """The question; null: the one that JSON lines have by default."""
+    id: str | None = None
+    """What a record is called; null: its file and row."""
+    units: str | None = None
+    """A list of the facts in the reference, where they are known."""
+
+
 class DataConfig(Section):
     """`scenes` draws its images from the seed; the others read `path` and find images under `image_root`."""
 
-    source: Literal["scenes", "sharegpt4v", "jsonl"] = "scenes"
+    source: Literal["scenes", "sharegpt4v", "jsonl", "parquet"] = "scenes"
     """Where records come from; `scenes` draws them."""
     path: str | None = None
-    """Annotation file of sharegpt4v and jsonl."""
+    """Annotation file of sharegpt4v and jsonl; of parquet, a file or the folder of several."""
+    columns: ParquetColumns = ParquetColumns()
+    """Of source=parquet."""
     image_root: str | None = None
     """Folder that the annotations' image paths start from."""
     image_prefixes: tuple[str, ...] = ()

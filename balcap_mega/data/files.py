@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from balcap_mega.data.annotations import LeftOut
 from balcap_mega.data.headers import Unreadable, picture_size
@@ -26,13 +27,23 @@ MAY_GO_ON = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF")
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """One annotation. `image` is a path below the dataset's image root, with forward slashes."""
+    """One annotation. `image` is a path below the dataset's image root, or the name of an embedded picture."""
 
     id: str
     image: str
     prompt: str
     reference: str
     units: tuple[str, ...] | None = None
+
+
+class EmbeddedImages(Protocol):
+    """Pictures that lie in the annotations' own files."""
+
+    def __contains__(self, image: str) -> bool: ...
+
+    def read(self, image: str) -> bytes:
+        """Raises Unreadable."""
+        ...
 
 
 class ImageFileDataset:
@@ -49,6 +60,7 @@ class ImageFileDataset:
         rows: Sequence[ImageRow | LeftOut],
         image_root: str | Path,
         *,
+        embedded: EmbeddedImages | None = None,
         decode: ImageDecoder | None = None,
         max_pixels: int | None = None,
         max_missing_fraction: float = 0.01,
@@ -56,14 +68,16 @@ class ImageFileDataset:
         self.root = Path(image_root)
         total, left_out = len(rows), [row for row in rows if isinstance(row, LeftOut)]
         rows = [row for row in rows if isinstance(row, ImageRow)]
-        refuse_all_outside((row.image, f"row {row.id!r}") for row in rows)
+        inside = {row.image for row in rows if row.image in embedded} if embedded is not None else set()
+        refuse_all_outside((row.image, f"row {row.id!r}") for row in rows if row.image not in inside)
         for row in rows:
             refuse_placeholders(row.prompt, f"row {row.id!r}")
-        present = _present_files(self.root, {row.image for row in rows})
+        present = inside | _present_files(self.root, {row.image for row in rows} - inside)
         self.rows = [row for row in rows if row.image in present]
         self.missing = total - len(self.rows)
         self.absent = tuple(sorted({row.image for row in rows} - present))
         self._total = total
+        self._embedded = embedded
         self._decode = decode or PilDecoder()
         self._max_pixels = max_pixels
         self._max_missing_fraction = max_missing_fraction
@@ -112,16 +126,15 @@ class ImageFileDataset:
 
     def picture_size(self, index: int) -> tuple[int, int]:
         """(width, height) of the picture of row `index`, by its header alone. Raises Unreadable."""
-        path = self.root / self.rows[index].image
         try:
-            return picture_size(image_bytes(path, HEAD_BYTES), self._max_pixels)
+            return picture_size(self._bytes(index, HEAD_BYTES), self._max_pixels)
         except Unreadable:  # WebP and AVIF want all of it, others may have their header behind much else
-            return picture_size(image_bytes(path), self._max_pixels)
+            return picture_size(self._bytes(index), self._max_pixels)
 
     def why_unreadable(self, index: int) -> str | None:
         """In words that go on from the file's name; None for a picture that is read."""
         try:
-            return why_unreadable(image_bytes(self.root / self.rows[index].image))
+            return why_unreadable(self._bytes(index))
         except Unreadable as error:
             return str(error)
 
@@ -139,8 +152,18 @@ class ImageFileDataset:
         part._corrupt = set()
         return part
 
+    def _bytes(self, index: int, most: int = MOST_BYTES) -> bytes:
+        image = self.rows[index].image
+        if self._embedded is not None and image in self._embedded:
+            return self._embedded.read(image)
+        return image_bytes(self.root / image, most)
+
     def _read(self, index: int) -> bytes:
-        return read_image_file(self.root / self.rows[index].image)
+        """None, which no decoder takes for an image, where it cannot be read; `why_unreadable` says why."""
+        try:
+            return self._bytes(index)
+        except Unreadable:
+            return b""
 
     def _record(self, index: int, picture) -> CaptionRecord:
         row = self.rows[index]

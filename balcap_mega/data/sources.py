@@ -1,16 +1,19 @@
 """The datasets that a run's configuration names."""
 
 import hashlib
+from functools import partial
 
 from balcap_mega.config.schema import DataConfig
 from balcap_mega.data.files import ImageFileDataset
 from balcap_mega.data.images import DaliDecoder, PilDecoder
 from balcap_mega.data.jsonl import read_jsonl
+from balcap_mega.data.parquet import ParquetFiles
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.scenes.dataset import ScenesDataset
 from balcap_mega.data.sharegpt4v import read_sharegpt4v
 from balcap_mega.errors import UserError
 
+# Those of one file whose images are files.
 READERS = {"sharegpt4v": read_sharegpt4v, "jsonl": read_jsonl}
 
 
@@ -24,9 +27,12 @@ def build_datasets(config: DataConfig, seed: int) -> tuple[CaptionDataset, Capti
             ScenesDataset(config.train_size, seed, "train"),
             ScenesDataset(config.eval_size, seed, "eval"),
         )
+    embedded = ParquetFiles(config.path, config.columns) if config.source == "parquet" else None
+    read = partial(READERS[config.source], config.path) if embedded is None else embedded.rows
     dataset = ImageFileDataset(
-        READERS[config.source](config.path, config.image_prefixes),
+        read(config.image_prefixes),
         config.image_root or ".",
+        embedded=embedded,
         decode=DaliDecoder() if config.image_backend == "dali" else PilDecoder(),
         max_pixels=config.max_pixels,
         max_missing_fraction=config.max_missing_fraction,
