@@ -140,6 +140,13 @@ def test_weights_gradients_optimizer_and_activations_are_what_megatron_allocates
             assert size == pytest.approx(sum(activations.layer(tokens).values()), rel=1e-4), (keys, recompute)
 
 
+def test_norms_of_queries_and_keys_are_kept_as_counted(tiny_checkpoint):
+    folder = tiny_checkpoint("qwen3_vl")
+    [(tokens, size)] = launch(1, layer_bytes, folder, {}, "none")
+    kept = Activations(Architecture.from_folder(folder), 1, False, transformer_engine=False).layer(tokens)
+    assert kept["query and key norms"] > 0 and size == pytest.approx(sum(kept.values()), rel=1e-4)
+
+
 def test_a_gpu_keeps_less_and_full_recomputation_only_the_input(tiny_checkpoint):
     architecture = Architecture.from_folder(tiny_checkpoint("qwen2_5_vl"))
     on_gpu = Activations(architecture, tensor=2, sequence=True)

@@ -36,9 +36,10 @@ def test_prompt_is_what_transformers_reads(tiny_checkpoint, family):
         assert torch.equal(prompt.vision.image_grid_thw, expected["image_grid_thw"])
 
 
-def test_positions_are_those_of_transformers(tiny_checkpoint):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_are_those_of_transformers(tiny_checkpoint, family):
     """Text, images of three shapes, text between some of them, text at the end."""
-    folder = tiny_checkpoint("qwen2_5_vl")
+    folder = tiny_checkpoint(family)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)).model
     grids = torch.tensor([[1, 4, 10], [1, 6, 6], [1, 12, 2]])
     pieces = [torch.zeros(5)]

@@ -37,12 +37,16 @@ class Activations:
         projection_ranks = 1 if tensor > a.num_kv_heads else tensor
         key_width = keys / min(tensor, a.num_kv_heads)
         gated = a.ffn_hidden_size / tensor
+        heads = tokens * (a.num_attention_heads / tensor + key_width / a.head_dim)
+        # Of the norms of queries and keys: their input, in float32 and twice if it is not fused; and a number a head.
+        head_norms = (BF16 * a.head_dim * (1 if self.transformer_engine else 4) + FP32) * heads
         return {
             # Of two norms: their input, in float32 and twice if PyTorch's; and their output.
             "norms": 2 * (stream if self.transformer_engine else 2 * 2 * stream) + 2 * stream,
             "norm statistics": 2 * FP32 * norm_tokens,
             "projection": BF16 * tokens * (queries + 2 * keys) / projection_ranks,  # a view of it is the values
             "queries and keys": BF16 * tokens * (queries / tensor + key_width),
+            "query and key norms": head_norms if a.decoder.qk_norm else 0.0,
             "rotary": 4 * BF16 * tokens * a.head_dim,  # cosine and sine, for queries and for keys
             "attention output": BF16 * tokens * queries / tensor,
             "statistics": FP32 * tokens * a.num_attention_heads / tensor,
