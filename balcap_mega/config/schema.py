@@ -31,7 +31,10 @@ class ModelConfig(Section):
     """The policy: a Hugging Face folder, or a small random one made on the spot for the CPU quickstart and tests."""
 
     path: str | None = None
-    """Hugging Face folder that training starts from."""
+    """Hugging Face folder that training starts from, or a model's id on the Hub: fetched once a host, its safetensors,
+    JSON and tokenizer files alone, at a commit that becomes part of the run."""
+    revision: str | None = None
+    """Branch, tag or commit of a model of the Hub; null: its main branch, and when a run goes on, where it began."""
     tiny: str | None = None
     """Make a small random model of this family instead of reading `path`; a name in balcap_mega/models/families."""
     freeze_vision: bool = True

@@ -15,6 +15,7 @@ from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.diagnostics import collectives, gpus, host, inputs, pins, software
 from balcap_mega.diagnostics.finding import Finding, check
+from balcap_mega.models.huggingface.hub import is_on_hub
 from balcap_mega.parallel.host import node_name
 from balcap_mega.parallel.platform import Platform
 
@@ -116,6 +117,10 @@ def check_software(config: RunConfig | None, platform: Platform) -> Iterator[Fin
 
 
 def check_run(config: RunConfig, platform: Platform, job: Job, read: list[inputs.NodeInputs]) -> Iterator[Finding]:
+    if is_on_hub(config.model):
+        fetched: list[RunConfig] = []
+        yield inputs.check_fetched(config, fetched)
+        config = fetched[0] if fetched else config
     yield inputs.check_config(config, job.world_size)
     needs = None
     if config.model.path is not None:

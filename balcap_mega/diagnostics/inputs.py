@@ -18,6 +18,7 @@ from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.huggingface.files import check_checkpoint as check_tensors
 from balcap_mega.models.huggingface.fingerprint import checkpoint_digest
+from balcap_mega.models.huggingface.hub import with_fetched_model
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.host import node_name
@@ -28,6 +29,13 @@ RECORDS = 8  # decoded for a look
 MOST_ABSENT = 10_000  # images that are told to the first node
 JUDGE_SECONDS = 30  # a reply may take, here
 JUDGED_EACH = 2  # captions of each record
+
+
+@check("model")
+def check_fetched(config: RunConfig, fetched: list[RunConfig]) -> Finding:
+    """The configuration with a model of the Hub in a folder of this node is added to `fetched`."""
+    fetched.append(with_fetched_model(config))
+    return ok(f"{config.model.path} at commit {fetched[0].model.revision} lies in {fetched[0].model.path}")
 
 
 @check("config")

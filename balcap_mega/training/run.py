@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from balcap_mega.config.load import dump_config
-from balcap_mega.config.preflight import preflight
+from balcap_mega.config.preflight import check_batch, preflight
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.models.families import FAMILIES
+from balcap_mega.models.huggingface.hub import with_fetched_model
 from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.parallel.groups import ProcessGrid, initialize_parallel, world_size
@@ -38,6 +39,8 @@ def run(config: RunConfig) -> None:
 
     SIGINT, SIGTERM and SIGUSR1 end it before its next update, with a checkpoint. Raises UserError for bad input.
     """
+    check_batch(config, world_size())  # before what takes time
+    config = with_fetched_model(config)
     resuming = preflight(config, world_size(), FAMILIES)
     check_rewards(config.rewards)
     end_with_launcher()
