@@ -1,7 +1,7 @@
 """One answer on all ranks: what any of them saw, what all of them have done, what the first one found. Collectives."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -9,6 +9,7 @@ import torch.distributed
 
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.host import this_rank
+from balcap_mega.parallel.progress import progress
 
 Value = TypeVar("Value")
 
@@ -31,17 +32,20 @@ def from_first_rank(value: Value) -> Value:
 
 
 @contextmanager
-def failing_together(device: torch.device) -> Iterator[None]:
+def failing_together(device: torch.device, waiting: AbstractContextManager[None] | None = None) -> Iterator[None]:
     """What fails inside on one rank fails on all: there by its own error, elsewhere by a UserError that names the rank.
 
-    A collective at its end, through `device`. Inside, no rank may wait for another that could have failed.
+    A collective at its end, through `device`. Inside, no rank may wait for another that could have failed. Who waits at
+    the end for the others does so within `waiting`: a phase of its own, so that the watchdog tells who is behind.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as raised:
         error = raised
-    if not any_rank(error is not None, device):
+    with waiting or progress.phase("agreement"):
+        failed = any_rank(error is not None, device)
+    if not failed:
         return
     failures: list[tuple[str, str] | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, None if error is None else _described(error))

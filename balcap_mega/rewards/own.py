@@ -77,7 +77,7 @@ def _load_class(name: str, config: ComponentConfig) -> type:
                 where = f"which {module_name} imports"
             raise UserError(
                 f"{_key(name, config)}: {missing} is not installed, {where}",
-                remedy=f"install it, or name the folder it stands in: rewards.components.{name}.path",
+                remedy=f"install it, or in a new run name the folder it stands in: rewards.components.{name}.path",
             ) from error
         except Exception as error:
             raise UserError(

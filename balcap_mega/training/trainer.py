@@ -69,14 +69,15 @@ class Trainer:
                 prompts = Prompts(self.dataset, self.sampler.indices(number))
                 askable = self.rewards if self.replica.is_leader else None
                 judging = Judging(askable, prompts, self.length, patience(self.config.rewards))
-            with phase("rollout"), failing_together(device):
-                mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)
-            with phase("swap"):  # while the last captions are judged
-                self.engine.sleep()
-                self.learner.onload()
-            with phase("rewards"):
-                with failing_together(device):
+            with failing_together(device, waiting=phase("rewards")):
+                with phase("rollout"):
+                    mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)
+                with phase("swap"):  # while the last captions are judged
+                    self.engine.sleep()
+                    self.learner.onload()
+                with phase("rewards"):
                     scored = judging.scored(mine)
+            with phase("rewards"):
                 groups, judged = zip(*self.replica.gather(scored), strict=True)
                 rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
                 asked = self.meter.read()
