@@ -81,6 +81,37 @@ def test_exported_policy_loads_in_transformers(finished):
     assert moved and not any("visual" in name for name in moved), "RL moves the language model and leaves vision alone"
 
 
+def replayed(run: Path, output: Path, *arguments: str, ranks: int = 2) -> dict:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*torchrun, "launch/replay.py", str(run), "--json", str(output), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "policy/gradient_norm" in done.stdout
+    return json.loads(output.read_text())
+
+
+def test_a_recorded_step_is_replayed(finished, tmp_path):
+    """Without engine and judge: at the same layout every number, at another one to rounding; the run is left alone."""
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    same = replayed(finished, tmp_path / "same.json", "--step", "3")
+    other = replayed(finished, tmp_path / "other.json", "--step", "3", "parallel={device: cpu}", ranks=1)
+    recorded = rows(finished)[2]
+    compared = {name for name in recorded if name.startswith(("policy/", "rollout/", "reward/", "advantage/"))}
+    assert (
+        {"policy/loss", "policy/gradient_norm", "policy/entropy", "reward/recall"} <= compared <= set(same["metrics"])
+    )
+    assert {name: same["metrics"][name] for name in compared} == {name: recorded[name] for name in compared}
+    for name in compared - {"rollout/logprob_difference", "rollout/logprob_difference_max"}:  # themselves rounding
+        assert other["metrics"][name] == pytest.approx(recorded[name], rel=1e-3, abs=1e-5), name
+    assert other["metrics"]["rollout/logprob_difference_max"] <= 1e-4
+    assert other["metrics"]["policy/loss"] != recorded["policy/loss"], "the same layout again shows nothing"
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+    script = [sys.executable, "launch/replay.py", str(finished), "--step", "2"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "no checkpoint of step 1" in done.stderr and "steps that can: 1, 3" in done.stderr
+
+
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """The Euclidean distance of all weights."""
     return sum((ours[name].double() - theirs[name].double()).square().sum() for name in theirs).sqrt().item()

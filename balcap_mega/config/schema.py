@@ -547,6 +547,15 @@ class CheckpointConfig(Section):
     """Longest time from a signal to the end of the run, as a rule with one more checkpoint."""
 
 
+class RecordConfig(Section):
+    """What stays on disk of every step's captions and verdicts: one file a step in output_dir/rollouts."""
+
+    keep: Literal["all", "extremes", "none"] = "all"
+    """Captions of each image: all, the best and the worst one, or nothing. launch/replay.py needs all."""
+    max_gib: Annotated[float, Field(gt=0)] = 10.0
+    """Disk space for them; the oldest steps make room for new ones."""
+
+
 class CaptionQaFiles(Section):
     """CaptionQA's questions (JSON, JSON Lines or Parquet), and a folder of pictures named by their id."""
 
@@ -619,6 +628,8 @@ class RunConfig(Section):
     """AdamW."""
     checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
     """What a run resumes from."""
+    rollouts: Annotated[RecordConfig, MAY_CHANGE] = RecordConfig()
+    """The steps' captions on record."""
     health: Annotated[HealthConfig, MAY_CHANGE] = HealthConfig()
     """What stops a run that has gone wrong."""
     benchmarks: Annotated[BenchmarkConfig, MAY_CHANGE] = BenchmarkConfig()

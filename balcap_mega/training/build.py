@@ -23,9 +23,24 @@ from balcap_mega.training.folder import RunFolder
 from balcap_mega.training.guard.health import Health
 from balcap_mega.training.guard.signals import StopRequest
 from balcap_mega.training.learner import Learner
+from balcap_mega.training.record.recorder import Recorder
 from balcap_mega.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+
+def build_learner(config: RunConfig, start: Path, platform: Platform) -> Learner:
+    """The learner of reinforcement learning, with the weights of `start`. A collective."""
+    return Learner(
+        start,
+        config.model,
+        config.parallel,
+        config.optimizer,
+        config.algorithm,
+        platform,
+        temperature=config.rollout.temperature,
+        max_response_length=config.rollout.max_tokens,
+    )
 
 
 def build_trainer(
@@ -38,16 +53,7 @@ def build_trainer(
     stop: StopRequest,
 ) -> Trainer:
     """The learner with the weights of `start`, the engine beside it, and what lies between them. A collective."""
-    learner = Learner(
-        start,
-        config.model,
-        config.parallel,
-        config.optimizer,
-        config.algorithm,
-        platform,
-        temperature=config.rollout.temperature,
-        max_response_length=config.rollout.max_tokens,
-    )
+    learner = build_learner(config, start, platform)
     learner.offload()  # the engine claims its share of the device's memory as it is built
     engine = RolloutEngine(
         start,
@@ -84,4 +90,5 @@ def build_trainer(
         ),
         stop=stop,
         health=Health(config.health, component_weights(tuple(config.rewards.components), config.algorithm)),
+        recorder=Recorder(folder.rollouts, config.rollouts, enabled=torch.distributed.get_rank() == 0),
     )

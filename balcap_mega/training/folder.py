@@ -55,6 +55,11 @@ class RunFolder:
         return self.root / "policy"
 
     @property
+    def rollouts(self) -> Path:
+        """Captions and verdicts, one file a step (see `record.format`)."""
+        return self.root / "rollouts"
+
+    @property
     def before(self) -> Path:
         """Held-out captions before reinforcement learning."""
         return self.root / "held_out_before.json"
@@ -63,6 +68,10 @@ class RunFolder:
     def after(self) -> Path:
         return self.root / "held_out_after.json"
 
+    def between(self, steps: int) -> Path:
+        """The first held-out captions after so many steps."""
+        return self.rollouts / f"held_out_{steps:06d}.json"
+
     @property
     def summary(self) -> Path:
         return self.root / "summary.json"
@@ -70,6 +79,11 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.root / "report.html"
+
+    @property
+    def changes(self) -> Path:
+        """How the captions of the report's images changed over the run."""
+        return self.root / "changes.html"
 
     @contextmanager
     def held(self) -> Iterator[None]:

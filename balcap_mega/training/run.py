@@ -1,7 +1,8 @@
 """A whole run: prepare the policy, evaluate, improve it step by step, evaluate again, and leave everything behind."""
 
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from balcap_mega.training.observe.console import Console
 from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read_metrics
 from balcap_mega.training.observe.report import SAMPLES, write_report
 from balcap_mega.training.prompt_fit import fitting
+from balcap_mega.training.record.page import write_changes
 from balcap_mega.training.trainer import Trainer
 
 
@@ -102,7 +104,8 @@ def train(
         counts = {"before": before.counts, "after": after.counts}
         scores = {"before": before.scores, "after": after.scores}
         write_json(folder.summary, {**scores, "captions": counts, "seconds": phase.seconds})
-        write_report(folder, config, console.inputs, before, after, eval_set)
+        changes = write_changes(folder, before, after, eval_set)
+        write_report(folder, config, console.inputs, before, after, eval_set, changes)
     console.finished(folder.root)
 
 
@@ -149,11 +152,12 @@ def improve(
         trainer.health.replay(row for row in read_metrics(folder.root) if row["step"] <= first_step)
     trainer.health.streaks = from_first_rank(trainer.health.streaks)
     benchmarks.go_on(first_step)
-    with MetricsLogger(folder.root, first_step, enabled=leads) as log:
+    trainer.recorder.go_on(first_step)
+    with closing_record(trainer), MetricsLogger(folder.root, first_step, enabled=leads) as log:
         for step in range(first_step, config.steps):
             metrics = trainer.step(step)
             if config.eval_every and (step + 1) % config.eval_every == 0:
-                metrics |= evaluation_between(trainer, step + 1, eval_set, console)
+                metrics |= evaluation_between(trainer, step + 1, eval_set, folder, console)
             benchmarks.caption(trainer.engine, trainer.replica, step + 1)
             findings = trainer.health.observe(step + 1, metrics)
             metrics |= {f"health/{finding.check}": finding.value for finding in findings}
@@ -164,18 +168,40 @@ def improve(
             benchmarks.report(log.late)
             trainer.checkpoints.poll()
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
+                trainer.recorder.finish()  # what a checkpoint has behind it is never taken again
                 trainer.save(step + 1)
         trainer.checkpoints.finish()
         benchmarks.finish(log.late)
 
 
-def evaluation_between(trainer: Trainer, steps: int, eval_set: CaptionDataset, console: Console) -> dict[str, float]:
-    """Held-out metrics after so many steps; where the evaluation fails, a warning: training does not need them."""
+@contextmanager
+def closing_record(trainer: Trainer) -> Iterator[None]:
+    """However it ends, the steps so far are on record, one that failed among them."""
     try:
-        return trainer.evaluate(eval_set).metrics()
+        yield
+    finally:
+        trainer.recorder.finish()
+
+
+def evaluation_between(
+    trainer: Trainer, steps: int, eval_set: CaptionDataset, folder: RunFolder, console: Console
+) -> dict[str, float]:
+    """Held-out metrics after so many steps; where the evaluation fails, a warning: training does not need them.
+
+    The captions of the report's images are kept.
+    """
+    try:
+        result = trainer.evaluate(eval_set)
     except Exception as error:
         console.warning(f"no held-out scores after step {steps}: {error}")
         return {"held_out/failed": 1.0}
+    if torch.distributed.get_rank() == 0 and trainer.config.rollouts.keep != "none":
+        try:
+            folder.rollouts.mkdir(exist_ok=True)
+            write_result(folder.between(steps), HeldOutResult(result.captions[:SAMPLES]))
+        except OSError as error:
+            console.warning(f"no held-out captions of step {steps} on record: {error}")
+    return result.metrics()
 
 
 def evaluation_after(trainer: Trainer, eval_set: CaptionDataset, folder: RunFolder) -> HeldOutResult:

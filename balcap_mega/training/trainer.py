@@ -26,11 +26,14 @@ from balcap_mega.training.guard.signals import StopRequest
 from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out
 from balcap_mega.training.judging import Judging, patience
 from balcap_mega.training.learner import Learner, UpdateResult
-from balcap_mega.training.microbatch import Microbatch, with_old_logprobs, with_reference_logprobs
+from balcap_mega.training.microbatch import Microbatch
 from balcap_mega.training.observe.judge_metrics import JudgeMeter, judge_metrics, reasons
 from balcap_mega.training.observe.metrics import PhaseTimer
 from balcap_mega.training.observe.step_metrics import step_metrics
+from balcap_mega.training.record.format import FinishedCaptions
+from balcap_mega.training.record.recorder import Recorder
 from balcap_mega.training.truncation import without_truncated
+from balcap_mega.training.update import learning_rate, update_policy
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Trainer:
     checkpoints: CheckpointWriter
     stop: StopRequest
     health: Health
+    recorder: Recorder
 
     def __post_init__(self) -> None:
         self.meter = JudgeMeter(self.rewards.judge if self.replica.is_leader else None)
@@ -91,6 +95,7 @@ class Trainer:
                 trained_on = without_truncated(groups, advantages, self.config.algorithm)
                 batches = self.batches.from_rollouts(prompts, *trained_on, self.config.optimizer.updates_per_step)
             self.stop.check(device)
+        self.recorder(FinishedCaptions(number + 1, groups, judged, rewards.names, advantages))
         with phase("update"), self.keeping(None, Unhealthy):
             self.learner.set_learning_rate(self.learning_rate(number))
             updates = self.update(batches.minibatches, partial(self.health.accepts, number + 1))
@@ -102,23 +107,10 @@ class Trainer:
     def update(
         self, minibatches: Sequence[Sequence[Microbatch]], accept: Callable[[UpdateResult], bool]
     ) -> list[UpdateResult]:
-        """One optimizer step a minibatch, the ratio and the KL always against the policy the step began with."""
-        if self.config.algorithm.kl_weight > 0:
-            minibatches = [
-                with_reference_logprobs(minibatch, self.learner.reference_logprobs(minibatch))
-                for minibatch in minibatches
-            ]
-        # The first update needs no old logprobs: they are its own. Later ones need them from before the first.
-        minibatches = [
-            *minibatches[:1],
-            *(with_old_logprobs(minibatch, self.learner.logprobs(minibatch)) for minibatch in minibatches[1:]),
-        ]
-        return [self.learner.update(minibatch, accept) for minibatch in minibatches]
+        return update_policy(self.learner, minibatches, accept)
 
     def learning_rate(self, number: int) -> float:
-        """Constant after a linear rise over `optimizer.warmup_steps`."""
-        optimizer = self.config.optimizer
-        return optimizer.learning_rate * min(1.0, (number + 1) / max(optimizer.warmup_steps, 1))
+        return learning_rate(self.config.optimizer, number)
 
     def evaluate(self, dataset: CaptionDataset, quotes: Container[int] = ()) -> HeldOutResult:
         """Caption and judge a whole dataset, greedily. A collective; it fails on all ranks alike.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -32,6 +32,7 @@ WORDS = {
     Verdict.NOT_POINTABLE: "not pointable",
     Verdict.UNCHECKED: "not checked",
 }
+VERDICTS = [(verdict.value, WORDS[verdict]) for verdict in reversed(PRECEDENCE)]
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,15 @@ def write_report(
     before: HeldOutResult,
     after: HeldOutResult,
     dataset: CaptionDataset,
+    changes: str | None = None,
 ) -> None:
-    """Write `folder.report` from the folder's summary.json and metrics.jsonl, and the first captions of `dataset`."""
+    """Write `folder.report` from the folder's summary.json and metrics.jsonl, and the first captions of `dataset`.
+
+    changes: the page beside it that shows how those captions changed over the run
+    """
     summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-    environment = Environment(
-        loader=PackageLoader("balcap_mega.training.observe", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report_template.html").render(
+    page = template("report_template.html").render(
+        changes=changes,
         name=folder.root.resolve().name,
         facts=run_facts(config, inputs),
         score=summary["after"].get("b_capscore"),
@@ -83,13 +86,20 @@ def write_report(
             sample(old, new, dataset)
             for old, new in zip(before.captions[:SAMPLES], after.captions[:SAMPLES], strict=True)
         ],
-        verdicts=[(verdict.value, WORDS[verdict]) for verdict in reversed(PRECEDENCE)],
+        verdicts=VERDICTS,
         phases=[(name, clock(seconds), seconds) for name, seconds in summary["seconds"].items()],
         total=clock(sum(summary["seconds"].values())),
         total_seconds=max(sum(summary["seconds"].values()), 1e-9),
         resolved=dump_config(config),
     )
     write_text(folder.report, page)
+
+
+def template(name: str) -> Template:
+    """A page of this package; what a model or a user wrote is escaped in it."""
+    return Environment(
+        loader=PackageLoader("balcap_mega.training.observe", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).get_template(name)
 
 
 def score_rows(
@@ -230,10 +240,10 @@ def score_words(judgement: Judgement, components: Mapping[str, float | None]) ->
     ]
 
 
-def data_url(image: Image.Image) -> str:
-    """A picture as a PNG within the page."""
+def data_url(image: Image.Image, side: int = IMAGE_SIDE) -> str:
+    """A picture as a PNG within the page, its longer side at most that."""
     small = image.convert("RGB")
-    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -1,0 +1,81 @@
+"""Writes every step's record beside the training, which it neither waits for nor fails with."""
+
+import logging
+import queue
+import threading
+import time
+from pathlib import Path
+
+from balcap_mega.config.schema import RecordConfig
+from balcap_mega.training.record.format import FinishedCaptions, step_file, steps_on_record, write_step
+
+logger = logging.getLogger(__name__)
+
+WAITING = 4  # steps that may wait for the disk; those beyond are left out
+PATIENCE = 60.0  # seconds
+
+
+class Recorder:
+    """`recorder(captions)` hands a step over to a thread, which writes it to `folder`; a failure there is a warning.
+
+    enabled: False on all ranks but the first, which has everybody's captions
+    """
+
+    def __init__(self, folder: Path, config: RecordConfig, *, enabled: bool) -> None:
+        self.folder, self.config = folder, config
+        self._queue: queue.Queue[FinishedCaptions] | None = None
+        if enabled and config.keep != "none":
+            self._queue = queue.Queue(WAITING)
+            threading.Thread(target=self._run, name="rollouts", daemon=True).start()
+
+    def go_on(self, first_step: int) -> None:
+        """Drop what an earlier process wrote about steps that are taken again, after `first_step` of them."""
+        if self._queue is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for step in steps_on_record(self.folder):
+                if step > first_step:
+                    step_file(self.folder, step).unlink()
+        except OSError as error:
+            logger.warning("old records of steps stay in %s: %s", self.folder, error)
+
+    def __call__(self, captions: FinishedCaptions) -> None:
+        """Returns at once."""
+        if self._queue is None:
+            return
+        try:
+            self._queue.put_nowait(captions)
+        except queue.Full:
+            logger.warning("step %d is not on record: %s is slower than the training", captions.step, self.folder)
+
+    def finish(self, patience: float = PATIENCE) -> None:
+        """Wait until all is written, at most so many seconds; a warning where it is not."""
+        deadline = time.monotonic() + patience
+        while self._queue is not None and self._queue.unfinished_tasks:
+            if time.monotonic() > deadline:
+                logger.warning("%d steps are not on record yet after %.0f s", self._queue.unfinished_tasks, patience)
+                return
+            time.sleep(0.01)
+
+    def _run(self) -> None:
+        while True:
+            captions = self._queue.get()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_step(self.folder, captions.recorded(self.config.keep))
+                self._make_room(captions.step)
+            except Exception as error:  # the training does not need it
+                logger.warning("step %d is not on record: %s: %s", captions.step, type(error).__name__, error)
+            finally:
+                self._queue.task_done()
+
+    def _make_room(self, newest: int) -> None:
+        """Delete the oldest steps past the bound; the newest stays."""
+        files = [step_file(self.folder, step) for step in steps_on_record(self.folder)]
+        excess = sum(file.stat().st_size for file in files) - self.config.max_gib * 2**30
+        for file in files:
+            if excess <= 0 or file == step_file(self.folder, newest):
+                return
+            excess -= file.stat().st_size
+            file.unlink()
