@@ -1,12 +1,13 @@
 """Logprobs to the clipped policy-gradient loss, its derivative and its metrics in one launch.
 
 Formulas: PPO's clip (arXiv 1707.06347), dual clip (arXiv 1912.09729), k3 (http://joschu.net/blog/kl-approx.html),
-truncated importance sampling, as written out in `balcap_mega.algorithm.policy_loss.policy_loss`, which is the
+and the importance weights w, as written out in `balcap_mega.algorithm.policy_loss.policy_loss`, which is the
 reference and calls this on CUDA. With ρ = exp(logp − old), g the aggregation's weight of the token (1 or 1 / |o|):
 
     d loss / d logp = g · (−w A ρ [neither clip is active] + β (1 − exp(ref − logp))),      d loss / d H = −g β_H
 
 With a sequence-level ratio (arXiv 2507.18071) log ρ is the mean of logp − old over the sequence, and so is w above.
+Importance by sequence likewise reads the mean of old − rollout over it.
 
 Tokens are a flat list, sequences of any length one after another; each looks its advantage A up by its sequence. Each
 program leaves its partial sums in a row of scratch; the last one adds the rows up in order.
@@ -25,18 +26,22 @@ from balcap_mega.kernels.last_program import arrival_counter, is_last_program
 BLOCK = 512
 NUM_WARPS = 4
 REDUCE_ROWS = 128
-# The sums: tokens, clipped, dual clipped, k3 to the reference, k3 to the old policy, importance weight, truncated,
+# The sums: tokens, clipped, dual clipped, k3 to the reference, k3 to the old policy, importance weight, cut weights,
 # |old − rollout|, entropy.
 SUM_COLUMNS = 9
 # A scratch row holds them, then the loss, the sequences that begin, the maxima of the ratio and of |old − rollout|.
 SCRATCH_COLUMNS = 16
+# As the kernel is told of `Objective.importance`.
+IMPORTANCE = {"truncate": 0, "token_band": 1, "sequence_band": 2}
+TOKEN_BAND = tl.constexpr(IMPORTANCE["token_band"])
+SEQUENCE_BAND = tl.constexpr(IMPORTANCE["sequence_band"])
 
 
 @dataclass(frozen=True)
 class Objective:
     """The numbers of the objective, as `AlgorithmConfig` names them; None turns a term off.
 
-    sequence_ratio: ρ is that of the whole sequence, whose tokens must then all be there
+    sequence_ratio: ρ is that of the whole sequence, whose tokens must then all be there, as for importance by sequence
     sequence_count: what a sequence adds to the normaliser; 0 where tokens are counted instead
     """
 
@@ -44,7 +49,9 @@ class Objective:
     clip_high: float
     dual_clip: float | None
     kl_weight: float
+    importance: str
     importance_cap: float | None
+    importance_band: tuple[float, float]
     sequence_ratio: bool
     entropy_weight: float
     mean_over_sequence: bool
@@ -53,22 +60,39 @@ class Objective:
 
 
 @triton.jit
+def _token_weights(engine, log_cap, log_lower, log_upper, CAPPED: tl.constexpr, IMPORTANCE: tl.constexpr):
+    """Importance of tokens with log weights `engine`, and where it was cut, before any sequence is left out."""
+    weight = tl.full(engine.shape, 1.0, tl.float32)
+    cut = tl.zeros(engine.shape, dtype=tl.int1)
+    if IMPORTANCE == TOKEN_BAND:
+        cut = (engine < log_lower) | (engine > log_upper)
+        weight = tl.where(cut, 0.0, tl.exp(tl.minimum(engine, log_upper)))
+    elif CAPPED:
+        cut = engine > log_cap
+        weight = tl.exp(tl.minimum(engine, log_cap))
+    return weight, cut
+
+
+@triton.jit
 def _sequence_means(
-    logprobs, old_logprobs, rollout_logprobs, first, length, log_cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Of the sequence of each token, which begins at `first`: the means of logp − old and of the importance weight."""
+    logprobs, old_logprobs, rollout_logprobs, first, length, log_cap, log_lower, log_upper,
+    CAPPED: tl.constexpr, IMPORTANCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of the sequence of each token, which begins at `first`: the means of logp − old, of the weights of its tokens,
+    and of old − rollout."""
     log_ratio = tl.zeros([BLOCK], dtype=tl.float32)
-    weight = tl.zeros([BLOCK], dtype=tl.float32)
+    weights = tl.zeros([BLOCK], dtype=tl.float32)
+    engines = tl.zeros([BLOCK], dtype=tl.float32)
     for place in range(0, tl.max(length).to(tl.int32)):
         here = place < length
         old = tl.load(old_logprobs + first + place, mask=here, other=0.0)
         log_ratio += tl.load(logprobs + first + place, mask=here, other=0.0) - old
-        if CAPPED:
-            engine = old - tl.load(rollout_logprobs + first + place, mask=here, other=0.0)
-            weight += tl.where(here, tl.exp(tl.minimum(engine, log_cap)), 0.0)
-        else:
-            weight += tl.where(here, 1.0, 0.0)
-    return log_ratio / tl.maximum(length, 1.0), weight / tl.maximum(length, 1.0)
+        engine = old - tl.load(rollout_logprobs + first + place, mask=here, other=0.0)
+        weight, _ = _token_weights(engine, log_cap, log_lower, log_upper, CAPPED, IMPORTANCE)
+        weights += tl.where(here, weight, 0.0)
+        engines += engine
+    count = tl.maximum(length, 1.0)
+    return log_ratio / count, weights / count, engines / count
 
 
 @triton.jit
@@ -76,10 +100,12 @@ def policy_loss_kernel(
     logprobs, old_logprobs, rollout_logprobs, reference_logprobs, entropy, advantages,
     sequence_ids, token_index, sequence_lengths,
     d_logprobs, d_entropy, scratch, loss_sum, normaliser, sums, maxima, counter,
-    R, clip_low, clip_high, dual_clip, kl_weight, log_cap, entropy_weight, max_log_ratio, sequence_count,
+    R, clip_low, clip_high, dual_clip, kl_weight, log_cap, log_lower, log_upper, entropy_weight, max_log_ratio,
+    sequence_count,
     SEQUENCE_RATIO: tl.constexpr, DUAL_CLIP: tl.constexpr, REFERENCE: tl.constexpr, CAPPED: tl.constexpr,
-    ENTROPY: tl.constexpr, D_ENTROPY: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, COUNT_SEQUENCES: tl.constexpr,
-    SUM_COLUMNS: tl.constexpr, SCRATCH_COLUMNS: tl.constexpr, REDUCE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    IMPORTANCE: tl.constexpr, ENTROPY: tl.constexpr, D_ENTROPY: tl.constexpr, SEQUENCE_MEAN: tl.constexpr,
+    COUNT_SEQUENCES: tl.constexpr, SUM_COLUMNS: tl.constexpr, SCRATCH_COLUMNS: tl.constexpr,
+    REDUCE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     t = program * BLOCK + tl.arange(0, BLOCK)
@@ -90,20 +116,23 @@ def policy_loss_kernel(
     advantage = tl.load(advantages + sequence, mask=inside, other=0.0)
 
     engine = old - tl.load(rollout_logprobs + t, mask=inside, other=0.0)
-    weight = tl.full([BLOCK], 1.0, tl.float32)
-    truncated = t < 0
-    if CAPPED:
-        truncated = engine > log_cap
-        weight = tl.exp(tl.minimum(engine, log_cap))
-
+    weight, cut = _token_weights(engine, log_cap, log_lower, log_upper, CAPPED, IMPORTANCE)
     unbounded = logprob - old
     d_weight = weight  # of the objective, in its derivative
-    if SEQUENCE_RATIO:
+    if SEQUENCE_RATIO or IMPORTANCE == SEQUENCE_BAND:
         first = t - tl.load(token_index + t, mask=inside, other=0)
         length = tl.load(sequence_lengths + t, mask=inside, other=0.0)
-        unbounded, d_weight = _sequence_means(
-            logprobs, old_logprobs, rollout_logprobs, first, length, log_cap, CAPPED, BLOCK
-        )
+        mean_log_ratio, mean_weight, mean_engine = _sequence_means(
+            logprobs, old_logprobs, rollout_logprobs, first, length, log_cap, log_lower, log_upper,
+            CAPPED, IMPORTANCE, BLOCK,
+        )  # fmt: skip
+        if SEQUENCE_RATIO:
+            unbounded, d_weight = mean_log_ratio, mean_weight
+        if IMPORTANCE == SEQUENCE_BAND:
+            outside = (mean_engine < log_lower) | (mean_engine > log_upper)
+            weight = tl.where(outside, 0.0, weight)
+            d_weight = tl.where(outside, 0.0, d_weight)
+            cut = cut | outside
     log_ratio = tl.minimum(tl.maximum(unbounded, -max_log_ratio), max_log_ratio)
     ratio = tl.exp(log_ratio)
     clipped_ratio = tl.minimum(tl.maximum(ratio, 1 - clip_low), 1 + clip_high)
@@ -145,7 +174,7 @@ def policy_loss_kernel(
     tl.store(row + 3, tl.sum(one * k3))
     tl.store(row + 4, tl.sum(one * (ratio - 1 - log_ratio)))
     tl.store(row + 5, tl.sum(one * weight))
-    tl.store(row + 6, tl.sum(tl.where(truncated, one, 0.0)))
+    tl.store(row + 6, tl.sum(tl.where(cut, one, 0.0)))
     tl.store(row + 7, tl.sum(one * tl.abs(engine)))
     tl.store(row + 8, tl.sum(uncertainty))
     tl.store(row + 9, tl.sum(tl.where(inside, share * loss, 0.0)))
@@ -218,16 +247,17 @@ def policy_loss_terms(
     programs = triton.cdiv(count, BLOCK)
     scratch = torch.empty(programs, SCRATCH_COLUMNS, dtype=torch.float32, device=device)
     dual_clip, cap = objective.dual_clip, objective.importance_cap
+    log_lower, log_upper = map(math.log, objective.importance_band)
     policy_loss_kernel[(programs,)](
         logprobs, old_logprobs, rollout_logprobs, reference_logprobs, entropy, advantages,
         sequence_ids, token_index, sequence_lengths,
         d_logprobs, d_entropy, scratch, loss_sum, normaliser, sums, maxima, arrival_counter(device),
         count, objective.clip_low, objective.clip_high, 0.0 if dual_clip is None else dual_clip, objective.kl_weight,
-        0.0 if cap is None else math.log(cap), objective.entropy_weight, objective.max_log_ratio,
-        objective.sequence_count,
+        0.0 if cap is None else math.log(cap), log_lower, log_upper, objective.entropy_weight,
+        objective.max_log_ratio, objective.sequence_count,
         SEQUENCE_RATIO=objective.sequence_ratio, DUAL_CLIP=dual_clip is not None,
-        REFERENCE=reference_logprobs is not None, CAPPED=cap is not None, ENTROPY=entropy is not None,
-        D_ENTROPY=differentiate_entropy, SEQUENCE_MEAN=objective.mean_over_sequence,
+        REFERENCE=reference_logprobs is not None, CAPPED=cap is not None, IMPORTANCE=IMPORTANCE[objective.importance],
+        ENTROPY=entropy is not None, D_ENTROPY=differentiate_entropy, SEQUENCE_MEAN=objective.mean_over_sequence,
         COUNT_SEQUENCES=objective.sequence_count > 0, SUM_COLUMNS=SUM_COLUMNS, SCRATCH_COLUMNS=SCRATCH_COLUMNS,
         REDUCE_ROWS=REDUCE_ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -148,11 +148,20 @@ def test_advantages_of_a_large_batch():
 
 # Logprobs to loss
 
+BANDS = {"importance_token_band": (0.95, 1.1), "importance_sequence_band": (0.97, 1.02)}
 OBJECTIVES = {
     "everything": EVERYTHING,
     "plain": AlgorithmConfig(importance_cap=None),
     "no_reference": AlgorithmConfig(dual_clip=2.0, importance_cap=1.05),
     "sequence": EVERYTHING.model_copy(update={"ratio_level": "sequence"}),
+    "token_band": EVERYTHING.model_copy(update=BANDS | {"importance": "token_band"}),
+    "sequence_band": EVERYTHING.model_copy(update=BANDS | {"importance": "sequence_band"}),
+    "sequence_and_token_band": EVERYTHING.model_copy(
+        update=BANDS | {"importance": "token_band", "ratio_level": "sequence"}
+    ),
+    "sequence_and_sequence_band": EVERYTHING.model_copy(
+        update=BANDS | {"importance": "sequence_band", "ratio_level": "sequence"}
+    ),
 }
 
 
@@ -169,7 +178,7 @@ def loss_and_gradients(tokens: TokenBatch, logprobs, entropy, config):
 def test_policy_loss(objective, aggregation, lengths, seed, small_blocks):
     config = OBJECTIVES[objective].model_copy(update={"aggregation": aggregation})
     tokens = random_tokens(seed, lengths, spread=1.0)
-    if objective not in ("everything", "sequence"):
+    if objective in ("plain", "no_reference"):
         tokens = TokenBatch(**{**vars(tokens), "reference_logprobs": None})
     logprobs, entropy = tokens.old_logprobs + torch.randn(sum(lengths)), torch.rand(sum(lengths))
     logprobs[:1] += 30.0  # past the bound on the ratio

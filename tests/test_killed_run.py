@@ -66,6 +66,7 @@ ONE_RANK = ["parallel={device: cpu, tensor: 1, sequence: false}", "rollout.tenso
 CHAINS = [
     pytest.param(1, ONE_RANK, 12, ["rank"], id="one process"),
     pytest.param(2, [], 8, ["rank", "all", "launcher"], id="two ranks under torchrun"),
+    pytest.param(1, [*ONE_RANK, "rollout.ahead=1"], 8, ["rank"], id="captions in flight"),
 ]
 
 

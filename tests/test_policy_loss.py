@@ -132,6 +132,39 @@ def test_importance_weight_is_truncated_and_carries_no_gradient():
     assert off.metrics.summary()["importance_weight"] == 1.0
 
 
+def importance_of(config: AlgorithmConfig, sequences: list[list[float]]) -> tuple[list[float], float]:
+    """The weight of each token (its gradient at ratio 1), and the share that was cut, of given exp(old − rollout)."""
+    lengths, count = [len(weights) for weights in sequences], sum(map(len, sequences))
+    tokens = replace(random_tokens(5, lengths), reference_logprobs=None, advantages=torch.ones(len(lengths)))
+    logs = torch.tensor([math.log(weight) for weights in sequences for weight in weights])
+    tokens = replace(tokens, rollout_logprobs=tokens.old_logprobs - logs)
+    logprobs = tokens.old_logprobs.clone().requires_grad_()
+    loss = policy_loss(logprobs, tokens, config)
+    assert int(loss.normaliser) == count, "what is left out still counts in the divisor"
+    loss.loss_sum.backward()
+    summary = loss.metrics.summary()
+    assert summary["importance_weight"] == pytest.approx(-float(logprobs.grad.mean()), rel=1e-5)
+    return pytest.approx((-logprobs.grad).tolist(), rel=1e-4), summary["importance_truncated"]
+
+
+def test_icepop_leaves_out_tokens_outside_the_band():
+    """arXiv 2510.18855, equation of M(k): k within [α, β], else 0; Ring-1T has α = 0.5, β = 5."""
+    found, cut = importance_of(AlgorithmConfig(importance="token_band"), [[0.49, 0.51, 4.9], [5.1, 1.0]])
+    assert found == [0.0, 0.51, 4.9, 0.0, 1.0]
+    assert cut == pytest.approx(2 / 5)
+
+
+def test_sequences_outside_the_band_are_left_out_by_geometric_mean():
+    sequences = [[3.0, 1 / 3], [1.2, 1.2, 1.2], [0.85], [1.05, 1.05]]
+    config = AlgorithmConfig(importance="sequence_band", importance_cap=2.0)
+    found, cut = importance_of(config, sequences)
+    assert found == [2.0, 1 / 3, 0.0, 0.0, 0.0, 0.0, 1.05, 1.05]
+    assert cut == pytest.approx(5 / 8)
+    found, cut = importance_of(config.model_copy(update={"importance_cap": None}), sequences)
+    assert found == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert cut == pytest.approx(4 / 8)
+
+
 def test_extreme_differences_stay_finite():
     tokens = random_tokens(6, [4])
     for sign in (-1, 1):
@@ -229,6 +262,27 @@ def test_fused_loss_matches_autograd_through_logits(lengths, aggregation):
     for one, other in zip(
         gradients(2 * found.loss_sum, hidden, weight), gradients(2 * expected.loss_sum, hidden, weight)
     ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("importance", ["token_band", "sequence_band"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_left_out_by_the_fused_head_as_by_the_formula(importance, level):
+    """In chunks shorter than a sequence: one that is judged by its sequence must still see all of it."""
+    tokens = replace(random_tokens(12, [5, 1, 4], VOCABULARY), old_logprobs=None)
+    hidden, weight = hidden_rows(10).requires_grad_(), head_weight().requires_grad_()
+    bands = {"importance_token_band": (0.95, 1.1), "importance_sequence_band": (0.97, 1.02)}
+    config = EVERYTHING.model_copy(update=bands | {"importance": importance, "ratio_level": level})
+    head = HeadShard(weight, VOCABULARY, chunk_bytes=2 * PADDED * 4)
+    logprobs, entropy = token_logprobs(hidden, tokens.targets, head)
+    near = logprobs.detach() + 0.1 * torch.randn(len(logprobs), generator=torch.Generator().manual_seed(3))
+    tokens = replace(tokens, rollout_logprobs=near)
+    expected = policy_loss(logprobs, tokens, config, entropy=entropy)
+    expected_gradients = torch.autograd.grad(expected.loss_sum, (hidden, weight))
+    assert 0 < expected.metrics.summary()["importance_truncated"] < 1
+    found = fused_policy_loss(hidden, tokens, head, config)
+    torch.testing.assert_close(found.metrics.sums, expected.metrics.sums, rtol=1e-4, atol=1e-5)
+    for one, other in zip(torch.autograd.grad(found.loss_sum, (hidden, weight)), expected_gradients):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 

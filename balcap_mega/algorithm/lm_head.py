@@ -20,6 +20,7 @@ from balcap_mega.algorithm.policy_loss import (
     PolicyLoss,
     TokenTerms,
     loss_normaliser,
+    needs_whole_sequences,
     policy_loss,
     policy_loss_terms,
     token_count,
@@ -53,11 +54,11 @@ def fused_policy_loss(
     """`policy_loss` of the head's logprobs, forward and backward in one pass over the logits: three GEMMs.
 
     With a token-level ratio dL/dlogp of a token depends on that token alone, so a chunk's logits turn into their
-    gradient at once and are never computed again. A sequence-level ratio needs the whole sequence first: it falls back
-    to `token_logprobs`, which recomputes them.
+    gradient at once and are never computed again. A sequence-level ratio, or importance by sequence, needs the whole
+    sequence first: it falls back to `token_logprobs`, which recomputes them.
     """
-    if config.ratio_level == "sequence":
-        _say_fallback()
+    if needs_whole_sequences(config):
+        _say_fallback("ratio_level=sequence" if config.ratio_level == "sequence" else "importance=sequence_band")
         logprobs, entropy = token_logprobs(hidden, tokens.targets, head)
         return policy_loss(logprobs, tokens, config, entropy=entropy, max_response_length=max_response_length)
 
@@ -89,8 +90,8 @@ def _fused_loss(hidden: Tensor, targets: Tensor, head: HeadShard, objective: Obj
 
 
 @cache
-def _say_fallback() -> None:
-    logger.warning("algorithm.ratio_level=sequence: the fused LM head recomputes its logits (four GEMMs, not three)")
+def _say_fallback(option: str) -> None:
+    logger.warning("algorithm.%s: the fused LM head recomputes its logits (four GEMMs, not three)", option)
 
 
 class _Gradients:

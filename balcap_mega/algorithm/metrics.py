@@ -12,8 +12,8 @@ SUMS = (
     "dual_clip_fraction",
     "kl_reference",  # k3 estimate of KL(policy ‖ reference)
     "kl_old",  # k3 estimate of KL(old policy ‖ policy)
-    "importance_weight",  # after truncation
-    "importance_truncated",
+    "importance_weight",  # `policy_loss.importance_weights`
+    "importance_truncated",  # where the weight was cut, or the token left out
     "engine_logprob_difference",  # |old − rollout|, the trainer's and the engine's view of the same tokens
     "entropy",
 )

@@ -52,7 +52,7 @@ def policy_loss(
 
         ρ_t  = exp(logp_t − old_t)               sequence level (GSPO, arXiv 2507.18071): exp(mean_t(logp_t − old_t))
         pg_t = −min(ρ_t A, clip(ρ_t, 1 − ε_low, 1 + ε_high) A)     dual clip (arXiv 1912.09729): ≤ −c A where A < 0
-        w_t  = min(exp(old_t − rollout_t), C), a constant          truncated importance sampling; 1 where C is None
+        w_t  = `importance_weights`, constants                     for what sampled the tokens
         k3_t = exp(ref_t − logp_t) − (ref_t − logp_t) − 1          an unbiased estimate of KL(policy ‖ reference)
         l_t  = w_t pg_t + β k3_t − β_H H_t
 
@@ -93,7 +93,7 @@ def policy_loss(
         objective = torch.where(dual_clipped, floor, objective)
 
     engine_difference = old_logprobs - tokens.rollout_logprobs
-    importance, truncated = importance_weights(engine_difference, config)
+    importance, cut = importance_weights(engine_difference, tokens, config)
     loss = -importance * objective
 
     kl_reference = torch.zeros_like(loss)
@@ -107,7 +107,7 @@ def policy_loss(
         loss = loss / tokens.sequence_lengths
 
     columns = (
-        torch.ones_like(ratio), clipped, dual_clipped, kl_reference, ratio - 1 - log_ratio, importance, truncated,
+        torch.ones_like(ratio), clipped, dual_clipped, kl_reference, ratio - 1 - log_ratio, importance, cut,
         engine_difference.abs(), torch.zeros_like(ratio) if entropy is None else entropy,
     )  # fmt: skip
     return PolicyLoss(
@@ -125,12 +125,42 @@ def old_or_current(logprobs: Tensor, tokens: TokenBatch) -> Tensor:
     return logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
 
 
-def importance_weights(log_weights: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """min(exp(old − rollout), C) and where the minimum is C; ones where the correction is off."""
+def importance_weights(log_weights: Tensor, tokens: TokenBatch, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """What each token's policy gradient is multiplied by, [R], and where the bound of that is active, [R] bool.
+
+    The policy that sampled is not the one an update begins with (`old`): the engine computes otherwise, and with
+    `rollout.ahead` it had weights one update older. With k_t = exp(old_t − rollout_t), and m the mean over a sequence:
+
+        truncate       w_t = min(k_t, C)                                    (truncated importance sampling,
+                                                                            as TRL's token_truncate)
+        token_band     w_t = k_t where a <= k_t <= b, else 0                (IcePop, arXiv 2510.18855)
+        sequence_band  w_t = min(k_t, C) where a <= exp(m(log k)) <= b, else 0
+                                            (by geometric mean, as NeMo RL's seq-mask-tis and verl's rollout_rs)
+
+    min(k_t, C) is 1 where C is None. A token that is left out still counts in the loss's divisor, and in its KL and
+    entropy terms. This is the decoupled objective of arXiv 2110.00641: `old` is the proximal policy that the ratio is
+    clipped around, and w corrects from the behaviour policy to it.
+    """
+    if config.importance == "token_band":
+        lower, upper = map(math.log, config.importance_token_band)
+        outside = (log_weights < lower) | (log_weights > upper)
+        return torch.where(outside, 0.0, log_weights.clamp(max=upper).exp()), outside
     if config.importance_cap is None:
-        return torch.ones_like(log_weights), torch.zeros_like(log_weights, dtype=torch.bool)
-    limit = math.log(config.importance_cap)
-    return log_weights.clamp(max=limit).exp(), log_weights > limit
+        weights, cut = torch.ones_like(log_weights), torch.zeros_like(log_weights, dtype=torch.bool)
+    else:
+        limit = math.log(config.importance_cap)
+        weights, cut = log_weights.clamp(max=limit).exp(), log_weights > limit
+    if config.importance == "sequence_band":
+        lower, upper = map(math.log, config.importance_sequence_band)
+        mean = _sequence_mean(log_weights, tokens)
+        outside = (mean < lower) | (mean > upper)
+        return torch.where(outside, 0.0, weights), cut | outside
+    return weights, cut
+
+
+def needs_whole_sequences(config: AlgorithmConfig) -> bool:
+    """Whether a token's loss depends on the other tokens of its sequence."""
+    return config.ratio_level == "sequence" or config.importance == "sequence_band"
 
 
 def loss_normaliser(tokens: TokenBatch, config: AlgorithmConfig, max_response_length: int | None = None) -> Tensor:
@@ -159,7 +189,8 @@ def policy_loss_terms(
     max_response_length: int | None = None,
 ) -> TokenTerms:
     """`policy_loss` of T tokens with its derivatives at once, for a pass over the logits that is in the middle of its
-    own backward pass. With a token-level ratio the tokens may be any of a microbatch's. Kernels do it in one launch.
+    own backward pass. Unless it `needs_whole_sequences`, the tokens may be any of a microbatch's. Kernels do it in
+    one launch.
     """
     with_entropy = config.entropy_weight > 0
     if use_kernels(logprobs):
@@ -189,13 +220,19 @@ def _kernel_objective(config: AlgorithmConfig, max_response_length: int | None):
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
         kl_weight=config.kl_weight,
+        importance=config.importance,
         importance_cap=config.importance_cap,
+        importance_band=_band(config),
         sequence_ratio=config.ratio_level == "sequence",
         entropy_weight=config.entropy_weight,
         mean_over_sequence=config.aggregation == "sequence_mean",
         sequence_count=counts[config.aggregation],
         max_log_ratio=MAX_LOG_RATIO,
     )
+
+
+def _band(config: AlgorithmConfig) -> tuple[float, float]:
+    return config.importance_token_band if config.importance == "token_band" else config.importance_sequence_band
 
 
 def _kernel_inputs(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor | None, ...]:

@@ -167,6 +167,10 @@ class RolloutConfig(Section):
     """Images a step, over all ranks."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Captions sampled for each image (G)."""
+    ahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """Steps that captions are sampled ahead. 1: those of the next step before this step's update, so that the judge has
+    a whole step for them. They are one update old then, which algorithm.importance corrects. A run that is prolonged
+    begins its new steps as a first step: with captions of its own."""
     max_tokens: Positive = 512
     """Longest caption."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -238,8 +242,19 @@ class AlgorithmConfig(Section):
     """Bound of the ratio where the advantage is negative; null: none."""
     kl_weight: NonNegative = 0.0
     """Of the KL divergence (k3) from the policy that RL started with; 0: none, and no reference is kept."""
+    importance: Literal["truncate", "token_band", "sequence_band"] = "truncate"
+    """How the loss corrects for captions that come from another policy than the one that an update begins with: from
+    the engine, and with rollout.ahead from weights one update older. By w, the probability of a token under the latter
+    over that under the former. truncate: weight min(w, importance_cap). token_band (IcePop): weight w, and 0 outside
+    importance_token_band. sequence_band: that of truncate, and 0 for all tokens of a caption whose geometric mean of w
+    is outside importance_sequence_band."""
     importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
-    """Largest weight that corrects for the engine's own logprobs; null: no correction."""
+    """Largest weight of truncate and sequence_band; null: all their weights are 1, which under truncate corrects
+    nothing."""
+    importance_token_band: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 5.0)
+    """Least and largest w of a token that token_band trains on."""
+    importance_sequence_band: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.9, 1.1)
+    """Least and largest geometric mean of w of a caption that sequence_band trains on."""
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
     """How token losses become one loss."""
     ratio_level: Literal["token", "sequence"] = "token"
@@ -251,6 +266,21 @@ class AlgorithmConfig(Section):
     its group's mean and deviation, but is left out of the loss."""
     fused: bool = True
     """Use the Triton kernels where they can run."""
+
+    @property
+    def corrects(self) -> bool:
+        """Whether `importance` does anything."""
+        return self.importance != "truncate" or self.importance_cap is not None
+
+    @field_validator("importance_token_band", "importance_sequence_band")
+    @classmethod
+    def around_one(cls, band: tuple[float, float]) -> tuple[float, float]:
+        if not band[0] < 1 < band[1]:
+            raise ValueError(
+                f"{list(band)} leaves out what both policies agree on; give a number below 1 and one above, such as "
+                "[0.5, 5.0]"
+            )
+        return band
 
     @model_validator(mode="after")
     def some_weight(self):
@@ -677,8 +707,17 @@ class RunConfig(Section):
             return tree
 
     @model_validator(mode="after")
+    def old_captions_are_corrected(self):
+        if self.rollout.ahead and not self.algorithm.corrects:
+            raise ValueError(
+                "rollout.ahead=1 trains on captions of older weights; set algorithm.importance_cap, such as 2.0, or "
+                "rollout.ahead=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def fp8_rollouts_are_corrected(self):
-        if self.rollout.fp8 and self.algorithm.importance_cap is None:
+        if self.rollout.fp8 and not self.algorithm.corrects:
             raise ValueError(
                 "rollout.fp8=true samples from another policy than the one trained; set algorithm.importance_cap, "
                 "such as 2.0, or rollout.fp8=false"

@@ -106,6 +106,14 @@ class BatchBuilder:
         ]
         return Batches(tuple(rows for rows, _ in packed), tuple(assignment for _, assignment in packed))
 
+    def to_score(self, prompts: Prompts, groups: Sequence[RolloutGroup]) -> tuple[Microbatch, ...]:
+        """This rank's share of some groups, for their logprobs alone; advantages are 0."""
+        nothing = torch.zeros(sum(len(group.rollouts) for group in groups))
+        [microbatches] = self.from_rollouts(
+            prompts, groups, Advantages(nothing, nothing[None], nothing > 0), 1
+        ).minibatches
+        return microbatches
+
     def supervised(self, records: Sequence[CaptionRecord], targets: Sequence[str]) -> tuple[Microbatch, ...]:
         """One caption a record, to be imitated; the records are this data-parallel rank's own share."""
         processed = self.processor.many(records)

@@ -36,6 +36,16 @@ def patience(config: RewardConfig) -> float:
     return max([2 * longest, *own]) + 60.0
 
 
+@dataclass(frozen=True)
+class _Known:
+    """The rewards of a caption that was judged before the run was interrupted, in the place of `PendingRewards`."""
+
+    rewarded: Rewarded
+
+    def result(self, timeout: float) -> Rewarded:
+        return self.rewarded
+
+
 class Judging:
     """The judgements of one round of captions, by the request's place and by number within its group.
 
@@ -56,7 +66,7 @@ class Judging:
     ):
         self.quotes = quotes
         self.rewards, self.records, self.length, self.timeout_seconds = rewards, records, length, timeout_seconds
-        self._pending: dict[tuple[int, int], PendingRewards] = {}
+        self._pending: dict[tuple[int, int], PendingRewards | _Known] = {}
 
     def submit(self, place: int, number: int, rollout: Rollout) -> None:
         """Send one finished caption to the judge; returns at once."""
@@ -64,6 +74,18 @@ class Judging:
         if self.rewards is not None:
             record = self.records[place]
             self._pending[place, number] = self.rewards.submit(record, rollout.text, quotes=place in self.quotes)
+
+    def so_far(self, groups: Sequence[RolloutGroup]) -> list[tuple[Rewarded | None, ...]]:
+        """The rewards of each caption as far as they are there now; None while one of them is missing."""
+        return [tuple(self._now(group.place, number) for number in range(len(group.rollouts))) for group in groups]
+
+    def go_on(self, group: RolloutGroup, rewarded: Sequence[Rewarded | None]) -> None:
+        """Take up what `so_far` said in an earlier process, and ask about the other captions again."""
+        for number, (rollout, known) in enumerate(zip(group.rollouts, rewarded, strict=True)):
+            if known is None:
+                self.submit(group.place, number, rollout)
+            else:
+                self._pending[group.place, number] = _Known(known)
 
     def scored(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, list[JudgedCaption]]]:
         """Wait for the judgements of these groups and put them beside their captions."""
@@ -73,6 +95,15 @@ class Judging:
             (group, [self._judged(group.place, number, rollout) for number, rollout in enumerate(group.rollouts)])
             for group in groups
         ]
+
+    def _now(self, place: int, number: int) -> Rewarded | None:
+        if self.rewards is None:
+            return None
+        try:
+            rewarded = self._pending[place, number].result(timeout=0)
+        except Exception:  # not there yet, or failed: `scored` will tell which
+            return None
+        return None if None in rewarded.components.values() else rewarded
 
     def _judged(self, place: int, number: int, rollout: Rollout) -> JudgedCaption:
         rewarded = self._wait(place, number)

@@ -24,12 +24,14 @@ from balcap_mega.training.checkpoint.writer import CheckpointWriter
 from balcap_mega.training.guard.health import Finding, Health, Unhealthy
 from balcap_mega.training.guard.signals import StopRequest
 from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out
+from balcap_mega.training.in_flight import CAPTIONS_FILE, CaptionsInFlight, SavedCaptions, read_captions
 from balcap_mega.training.judging import Judging, patience
 from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.microbatch import Microbatch
 from balcap_mega.training.observe.judge_metrics import JudgeMeter, judge_metrics, reasons
 from balcap_mega.training.observe.metrics import PhaseTimer
 from balcap_mega.training.observe.step_metrics import step_metrics
+from balcap_mega.training.off_policy import ByCaption, OffPolicy, by_caption, scored_prompts
 from balcap_mega.training.record.format import FinishedCaptions
 from balcap_mega.training.record.recorder import Recorder
 from balcap_mega.training.truncation import without_truncated
@@ -57,6 +59,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.meter = JudgeMeter(self.rewards.judge if self.replica.is_leader else None)
+        self.in_flight: dict[int, CaptionsInFlight] = {}  # by step
 
     def step(self, number: int) -> dict[str, float]:
         """Run step `number` (from 0) and return its metrics. A collective.
@@ -70,17 +73,20 @@ class Trainer:
         with self.keeping(number):
             self.stop.check(device)
             with phase("data"):
-                prompts = Prompts(self.dataset, self.sampler.indices(number))
-                askable = self.rewards if self.replica.is_leader else None
-                judging = Judging(askable, prompts, self.length, patience(self.config.rewards))
+                due = [self.captions_of(step) for step in self.steps_to_sample(number)]
             with failing_together(device, waiting=phase("rewards")):
                 with phase("rollout"):
-                    mine = self.engine.sample(prompts.of(self.replica), step=number, on_finished=judging.submit)
+                    for captions in due:
+                        captions.sample(self.engine, self.replica)
                 with phase("swap"):  # while the last captions are judged
                     self.engine.sleep()
                     self.learner.onload()
-                with phase("rewards"):
-                    scored = judging.scored(mine)
+            self.in_flight |= {captions.step: captions for captions in due}  # now that every rank has its share
+            captions = self.in_flight[number]
+            with phase("scoring"):
+                off_policy = self.off_policy(number)
+            with failing_together(device, waiting=phase("rewards")), phase("rewards"):
+                scored = captions.judging.scored(captions.mine)
             with phase("rewards"):
                 groups, judged = zip(*self.replica.gather(scored), strict=True)
                 rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
@@ -90,19 +96,63 @@ class Trainer:
             with phase("advantages"):
                 advantages = compute_advantages(rewards.to(device), self.config.algorithm)
             with phase("packing"), failing_together(device):
-                for group in mine:  # each rank of an engine over several loads its own pictures
+                for group in captions.mine:  # each rank of an engine over several loads its own pictures
                     groups[group.place].seen.refuse_unlike(group.seen)
                 trained_on = without_truncated(groups, advantages, self.config.algorithm)
-                batches = self.batches.from_rollouts(prompts, *trained_on, self.config.optimizer.updates_per_step)
+                batches = self.batches.from_rollouts(
+                    captions.prompts, *trained_on, self.config.optimizer.updates_per_step
+                )
             self.stop.check(device)
         self.recorder(FinishedCaptions(number + 1, groups, judged, rewards.names, advantages))
         with phase("update"), self.keeping(None, Unhealthy):
             self.learner.set_learning_rate(self.learning_rate(number))
-            updates = self.update(batches.minibatches, partial(self.health.accepts, number + 1))
+            accept = partial(self.health.accepts, number + 1, mismatch=off_policy and off_policy.mismatch)
+            updates = self.update(batches.minibatches, accept)
+            del self.in_flight[number]
         with phase("refit"):
             self.refit.run(offload=self.learner.offload)
-        metrics = step_metrics(groups, rewards, advantages, batches, updates, phase.seconds)
+        metrics = step_metrics(groups, rewards, advantages, batches, updates, phase.seconds, off_policy)
         return metrics | judge_metrics(asked) | {f"memory/{name}": value for name, value in phase.memory.items()}
+
+    def steps_to_sample(self, number: int) -> list[int]:
+        """The steps whose captions are sampled in step `number`: its own, and with `rollout.ahead` the next one's.
+
+        Its own are there already where the step before has sampled them; after the last step nothing is needed.
+        """
+        last = min(number + self.config.rollout.ahead, max(self.config.steps - 1, number))
+        return [step for step in range(number, last + 1) if step not in self.in_flight]
+
+    def captions_of(self, step: int) -> CaptionsInFlight:
+        """The captions of a step, of which none is sampled yet."""
+        prompts = Prompts(self.dataset, self.sampler.indices(step))
+        askable = self.rewards if self.replica.is_leader else None
+        return CaptionsInFlight(step, prompts, Judging(askable, prompts, self.length, patience(self.config.rewards)))
+
+    def off_policy(self, number: int) -> OffPolicy | None:
+        """How far the captions of step `number` are from the policy that they will train; None if not sampled ahead.
+
+        The captions of the next step, just sampled, are scored too, under these same weights. A collective.
+        """
+        if not self.config.rollout.ahead:
+            return None
+        engine, now = self.scored(self.in_flight[number])
+        if number + 1 in self.in_flight:
+            self.scored(self.in_flight[number + 1])
+        return OffPolicy.of(engine, self.in_flight[number].sampling, now)
+
+    def scored(self, captions: CaptionsInFlight) -> tuple[ByCaption, ByCaption]:
+        """The engine's and the trainer's present logprobs of the captions of the first prompts (`scored_prompts`).
+
+        The first time they are those under the weights that sampled, and are kept as such.
+        """
+        count = scored_prompts(len(captions.prompts), self.batches.grid.data_size)
+        groups = self.replica.gather([group for group in captions.mine if group.place < count])
+        engine = tuple(rollout.logprobs for group in groups for rollout in group.rollouts)
+        with failing_together(self.learner.platform.device):
+            microbatches = self.batches.to_score(captions.prompts, groups)
+        now = by_caption(microbatches, self.learner.logprobs(microbatches), len(engine))
+        captions.sampling = captions.sampling or now
+        return engine, now
 
     def update(
         self, minibatches: Sequence[Sequence[Microbatch]], accept: Callable[[UpdateResult], bool]
@@ -157,9 +207,14 @@ class Trainer:
             raise
 
     def save(self, step: int) -> None:
-        """Begin a checkpoint after `step` steps. Prompts, seeds and batches follow from the step number alone."""
+        """Begin a checkpoint after `step` steps, with the captions of the next one where they are in flight.
+
+        Prompts, seeds and batches follow from the step number alone.
+        """
+        ahead = self.in_flight.get(step) if self.config.rollout.ahead else None
+        files = {} if ahead is None else {CAPTIONS_FILE: ahead.saved(self.replica)}
         with progress.phase("checkpoint", step - 1), self._learners_turn():
-            self.checkpoints.start(step, self.learner.model, self.learner.optimizer, {"step": step})
+            self.checkpoints.start(step, self.learner.model, self.learner.optimizer, {"step": step}, files)
 
     def resume(self) -> int:
         """Load the last checkpoint, if any; return the number of steps it has behind it."""
@@ -168,7 +223,15 @@ class Trainer:
             with self._learners_turn():
                 extra = load_checkpoint(path, self.learner.model, self.learner.optimizer)
             self.checkpoints.last = extra["step"]
+            with failing_together(self.learner.platform.device):
+                self._take_up(read_captions(path))
         return self.checkpoints.last
+
+    def _take_up(self, saved: SavedCaptions | None) -> None:
+        """Captions that were in flight when the checkpoint was taken."""
+        if saved is not None and self.config.rollout.ahead and saved.step < self.config.steps:
+            captions = self.in_flight[saved.step] = self.captions_of(saved.step)
+            captions.go_on(saved, self.replica)
 
     @contextmanager
     def _learners_turn(self) -> Iterator[None]:

@@ -5,6 +5,7 @@
     <folder>/latest                       the name of the checkpoint to resume from
     <folder>/step_000123/manifest.json    step, layout, the caller's extra values; size and SHA-256 of every file
     <folder>/step_000123/megatron/        weights and optimizer: Megatron's distributed format
+    <folder>/step_000123/captions.json    captions sampled ahead, where there are any: see `in_flight`
     <folder>/step_000123/random/          each rank's generators; taken up only at the layout that saved them
 
 A checkpoint is written as `step_000123.tmp` and renamed when it is whole. It is verified before it is read.

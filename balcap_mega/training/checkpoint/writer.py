@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from queue import Queue, SimpleQueue
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,11 +72,17 @@ class CheckpointWriter:
 
     @calls_megatron
     def start(
-        self, step: int, model: DistributedDataParallel, optimizer: ChainedOptimizer, extra: Mapping[str, Any]
+        self,
+        step: int,
+        model: DistributedDataParallel,
+        optimizer: ChainedOptimizer,
+        extra: Mapping[str, Any],
+        files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         """Take a snapshot of this very moment and return; its files are written from a thread.
 
-        `extra` is anything JSON can hold, the same on all ranks. Host memory until it is published: the rank's weights,
+        `extra` is anything JSON can hold, the same on all ranks; `files` are more files of the checkpoint by name, of
+        which the first rank's count. Host memory until it is published: the rank's weights,
         and 12 bytes for each trained parameter of a tensor x pipeline shard on its first data-parallel rank. An earlier
         checkpoint that is still on its way is waited for; one of this step is not written again.
         """
@@ -93,6 +100,9 @@ class CheckpointWriter:
             save_random_state(own_files[0])
             if torch.distributed.get_rank() == 0:
                 own_files.append(partial / "megatron" / "common.pt")
+                for name, content in files.items():
+                    own_files.append(partial / name)
+                    own_files[-1].write_bytes(content)
             filesystem_async._results_queue = SimpleQueue()  # else Megatron starts a process to hold its results
             request = dist_checkpointing.save(
                 sharded_state(model, optimizer, is_loading=False),

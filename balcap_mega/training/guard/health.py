@@ -76,9 +76,12 @@ class Health:
         self.streaks: dict[str, int] = {}
         self._of_this_step: list[Finding] = []
 
-    def accepts(self, step: int, result: UpdateResult) -> bool:
-        """Whether to apply an update of `step`; one that is not is left out. Raises Unhealthy by policy."""
-        finding = _wrong_with(step, result, self.config)
+    def accepts(self, step: int, result: UpdateResult, mismatch: float | None = None) -> bool:
+        """Whether to apply an update of `step`; one that is not is left out. Raises Unhealthy by policy.
+
+        mismatch: of engine and trainer at equal weights, where the update's captions come from older ones
+        """
+        finding = _wrong_with(step, result, self.config, mismatch)
         if finding is None:
             return True
         if finding.policy == "stop":
@@ -113,7 +116,7 @@ class Health:
             self.streaks[trend.key] = streak
 
 
-def _wrong_with(step: int, result: UpdateResult, config: HealthConfig) -> Finding | None:
+def _wrong_with(step: int, result: UpdateResult, config: HealthConfig, mismatch: float | None) -> Finding | None:
     difference = result.metrics["engine_logprob_difference"]
     if not result.finite:
         problem = (
@@ -121,6 +124,7 @@ def _wrong_with(step: int, result: UpdateResult, config: HealthConfig) -> Findin
         )
         remedy = "the weights were left as they were and the last checkpoint is good; look at the steps before this one"
         return Finding("non_finite", step, result.loss, math.inf, config.non_finite, problem, remedy)
+    difference = difference if mismatch is None else mismatch
     if difference > config.mismatch.bound:
         problem = (
             f"trainer and engine differ by {difference:.3g} in a token's logprob, past {config.mismatch.bound:g}: they "

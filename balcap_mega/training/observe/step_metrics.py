@@ -10,6 +10,7 @@ from balcap_mega.rewards.balance import balance
 from balcap_mega.rollout.rollouts import RolloutGroup
 from balcap_mega.training.batches import Batches
 from balcap_mega.training.learner import UpdateResult
+from balcap_mega.training.off_policy import OffPolicy
 
 TOKEN_MEANS = (
     "clip_fraction",
@@ -28,12 +29,16 @@ def step_metrics(
     batches: Batches,
     updates: Sequence[UpdateResult],
     seconds: Mapping[str, float],
+    off_policy: OffPolicy | None = None,
 ) -> dict[str, float]:
     """Rewards over the step's rollouts, its updates, sizes, and seconds by phase.
 
     What an update reports as a mean over its tokens is here one over the tokens of all updates, and a maximum is that
     of all of them; loss and gradient norm are means over updates. Those that were left out count only for what they
     say of trainer, engine and entropy. NaN where every update was left out.
+
+    off_policy: of captions that were sampled ahead. Others come from the weights that the first update begins with:
+        then the updates say how trainer and engine differ, and nothing is stale.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     response_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
@@ -52,12 +57,18 @@ def step_metrics(
     def maximum(name: str) -> float:
         return max((update.metrics[name] for update in updates), key=lambda value: (math.isnan(value), value))
 
+    differences = OffPolicy(
+        mean_over_tokens("engine_logprob_difference", updates), maximum("engine_logprob_difference_max"), 0.0, 0.0
+    )
+    differences = differences if off_policy is None else off_policy
     return {
         **reward_metrics(rewards, advantages),
         "rollout/truncated": fmean(not rollout.finished for rollout in rollouts),
         "rollout/response_tokens": response_tokens / len(rollouts),
-        "rollout/logprob_difference_max": maximum("engine_logprob_difference_max"),
-        "rollout/logprob_difference": mean_over_tokens("engine_logprob_difference", updates),
+        "rollout/logprob_difference_max": differences.mismatch_max,
+        "rollout/logprob_difference": differences.mismatch,
+        "rollout/staleness_max": differences.staleness_max,
+        "rollout/staleness": differences.staleness,
         "policy/updates_skipped": 1 - len(applied) / len(updates),
         "policy/loss": mean(lambda update: update.loss),
         "policy/gradient_norm": mean(lambda update: update.gradient_norm),
