@@ -114,11 +114,13 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.search:
             results = search(planner, fp8=arguments.fp8)
             tables.print_judge(console, planner.workload, servers, rate, results.best)
+            tables.print_ahead(console, planner, results.best.layout)
             tables.print_search(console, planner, results)
             found |= tables.search_as_json(results)
         else:
             one = planner.plan(Layout.of(config))
             tables.print_judge(console, planner.workload, servers, rate, one)
+            tables.print_ahead(console, planner, one.layout)
             tables.print_plan(console, planner, one)
             found["plan"] = tables.as_json(one)
     return found

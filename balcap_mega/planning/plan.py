@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from balcap_mega.planning.layout import Layout
 from balcap_mega.planning.memory import Memory, Moment, engine_weight_bytes, predict_memory
 from balcap_mega.planning.parameters import ParameterCounts
 from balcap_mega.planning.update import Passes
-from balcap_mega.planning.workload import Rows, Workload, pack_for
+from balcap_mega.planning.workload import SCORED_AHEAD, Rows, Workload, pack_for
 
 PHASES = ("rollout", "swap", "rewards", "update", "refit")
-"""Of a step, as the trainer times them. "update" has the vision tower and the passes for old and reference logprobs."""
+"""Of a step, as the trainer times them. "update" has the vision tower and all passes for logprobs, "scoring" with them.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Plan:
     seconds:                    by phase (`PHASES`)
     update_seconds:             the update phase by part: vision, logprobs, train, optimizer
     tokens_per_second_per_gpu:  prompt and response tokens, each response with its prompt, over the whole step
+    judge_has:                  seconds in which the judge holds nobody up: those of the rollout, or with
+                                `rollout.ahead` all of the step that is not spent waiting for it
     update_mfu:                 model FLOPs of the update (forward and backward, nothing recomputed, each prompt once)
                                 over the update phase and the GPU's dense bf16 peak
     """
@@ -45,6 +48,7 @@ class Plan:
     seconds: Mapping[str, float]
     update_seconds: Mapping[str, float]
     tokens_per_second_per_gpu: float
+    judge_has: float
     update_mfu: float
 
     @property
@@ -98,6 +102,13 @@ class Planner:
         counts = ParameterCounts(architecture)
         return cls(config, architecture, text, counts, cluster, workload, captions_per_second)
 
+    def with_ahead(self, ahead: int) -> "Planner":
+        """The same run with its captions sampled so many steps ahead."""
+        config = self.config.model_copy(update={"rollout": self.config.rollout.model_copy(update={"ahead": ahead})})
+        scored = SCORED_AHEAD * (ahead - self.config.rollout.ahead)
+        workload = replace(self.workload, forward_passes=self.workload.forward_passes + scored)
+        return replace(self, config=config, workload=workload, _known={})
+
     def plan(self, layout: Layout, *, must_fit: bool = True) -> Plan:
         """Predict one layout.
 
@@ -124,6 +135,7 @@ class Planner:
             seconds=seconds,
             update_seconds=update,
             tokens_per_second_per_gpu=self.workload.tokens / step / world,
+            judge_has=self._judge_has(config, seconds),
             update_mfu=flops / seconds["update"] / world / MFU_PEAK,
         )
 
@@ -166,13 +178,12 @@ class Planner:
         parallel, engine = config.parallel, engine_weight_bytes(config, self.architecture, self.counts)
         stride = parallel.tensor * rows.data_size if parallel.pipeline > 1 else 1
         transfer = engine / cluster.bandwidth(parallel.pipeline, stride)
-        return {
-            "rollout": rollout,
-            "swap": host,
-            "rewards": max(judged - rollout, 0.0),
-            "update": update,
-            "refit": host + transfer,
-        }
+        own = {"rollout": rollout, "swap": host, "rewards": 0.0, "update": update, "refit": host + transfer}
+        return own | {"rewards": max(judged - self._judge_has(config, own), 0.0)}
+
+    def _judge_has(self, config: RunConfig, seconds: Mapping[str, float]) -> float:
+        """`Plan.judge_has` of a step's seconds by phase."""
+        return sum(seconds.values()) - seconds["rewards"] if config.rollout.ahead else seconds["rollout"]
 
     def _once(self, predict: Callable[[], Any], *key: Any) -> Any:
         """What `predict` returns, computed once for each key: many layouts differ in a few of their keys alone."""

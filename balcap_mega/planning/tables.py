@@ -43,7 +43,7 @@ def print_facts(console: Console, planner: Planner) -> None:
 
 def print_judge(console: Console, workload: Workload, judge: JudgeServers | None, rate: float, plan: Plan) -> None:
     """Who judges how fast, what the step waits for that, and what would hide it; no servers where a rate was given."""
-    wait, rollout = plan.seconds["rewards"], plan.seconds["rollout"]
+    wait, has = plan.seconds["rewards"], plan.judge_has
     if judge is None:
         who = f"a judge of {rate:.2f} captions a second, as given"
     else:
@@ -53,11 +53,20 @@ def print_judge(console: Console, workload: Workload, judge: JudgeServers | None
             f"a second, of {written:.0f} tokens written, {computed:,.0f} read and {shared:,.0f} from the prefix cache"
         )
     console.print(f"  {who}")
-    needed = workload.captions / rollout
+    needed = workload.captions / has
     hidden = f"{needed:.1f} captions a second would hide it"
     if judge is not None:
-        hidden = f"{judge.gpus_to_hide(workload, rollout)} judge GPUs would hide it ({needed:.1f} captions a second)"
-    console.print(f"  a step waits {wait:.1f} s for it; {hidden}" if wait > 0 else "  its work hides behind generation")
+        hidden = f"{judge.gpus_to_hide(workload, has)} judge GPUs would hide it ({needed:.1f} captions a second)"
+    console.print(f"  a step waits {wait:.1f} s for it; {hidden}" if wait > 0 else "  its work hides")
+
+
+def print_ahead(console: Console, planner: Planner, layout: Layout) -> None:
+    """A step with captions of its own, and with captions that were sampled in the step before."""
+    for ahead in (0, 1):
+        plan = planner.with_ahead(ahead).plan(layout)
+        console.print(
+            f"  rollout.ahead={ahead}: {plan.step_seconds:.1f} s, {plan.seconds['rewards']:.1f} s of them waiting"
+        )
 
 
 def print_split(console: Console, splits: Sequence[Split]) -> None:

@@ -14,6 +14,9 @@ from balcap_mega.packing.assign import GroupLengths, Row, assign_rows
 TEXT_TOKENS = 30
 """Of a prompt beside its image: the chat template and one instruction."""
 
+SCORED_AHEAD = 2 / 8
+"""Of a step's captions, that `training.off_policy` scores where they are sampled ahead."""
+
 CAPTION_TOKENS = 175
 """Mean length of a detailed caption, where nothing was measured."""
 
@@ -63,7 +66,9 @@ class Workload:
             max_tokens=config.rollout.max_tokens,
             updates=updates,
             # The first update's old logprobs are its own; later ones need theirs from before it.
-            forward_passes=(config.algorithm.kl_weight > 0) + (updates - 1) / updates,
+            forward_passes=(config.algorithm.kl_weight > 0)
+            + (updates - 1) / updates
+            + SCORED_AHEAD * config.rollout.ahead,
             shared_prefix=config.packing.shared_prefix,
         )
 
