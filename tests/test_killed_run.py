@@ -63,10 +63,11 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
 
 
 ONE_RANK = ["parallel={device: cpu, tensor: 1, sequence: false}", "rollout.tensor_parallel=1"]
+AHEAD = "rollout.ahead=1"
 CHAINS = [
     pytest.param(1, ONE_RANK, 12, ["rank"], id="one process"),
     pytest.param(2, [], 8, ["rank", "all", "launcher"], id="two ranks under torchrun"),
-    pytest.param(1, [*ONE_RANK, "rollout.ahead=1"], 8, ["rank"], id="captions in flight"),
+    pytest.param(1, [*ONE_RANK, AHEAD], 7, ["rank"], id="captions in flight"),
 ]
 
 
@@ -79,6 +80,9 @@ def test_killed_at_random_moments_it_ends_as_if_left_alone(ranks, overrides, kil
         stopped = start(killed, ranks, overrides, plan)
         assert stopped.returncode != 0, f"{plan} killed nothing"
     assert_same_end(finish(killed, ranks, overrides), whole)
+    stale = [row["rollout/staleness"] > 0 for row in rows(killed)]
+    assert stale == [False, *[AHEAD in overrides] * (STEPS - 1)], "captions are of the weights of one step before"
+    assert all(row["rollout/logprob_difference_max"] <= 1e-4 for row in rows(killed))
 
 
 @pytest.mark.timeout(600)
