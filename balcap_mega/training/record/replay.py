@@ -37,6 +37,7 @@ from balcap_mega.training.truncation import without_truncated
 from balcap_mega.training.update import learning_rate, update_policy
 
 COMPARED = ("policy/", "rollout/", "reward/", "advantage/", "packing/")
+OFF_POLICY = ("rollout/logprob_difference", "rollout/staleness")
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,13 @@ def replay(root: Path, step: int, overrides: Sequence[str] = ()) -> Replayed:
 
     health = Health(config.health, component_weights(rewards.names, config.algorithm))
 
+    row = {row["step"]: row for row in read_metrics(folder.root)}.get(step, {})
+    # Of captions sampled ahead, the engine's mismatch was measured under weights that are gone: what is recorded holds.
+    mismatch = row.get("rollout/logprob_difference", 0.0) if config.rollout.ahead else None
+
     def accept(result: UpdateResult) -> bool:
         try:
-            return health.accepts(step, result)
+            return health.accepts(step, result, mismatch)
         except Unhealthy:  # the run ended here: show what it met
             return False
 
@@ -108,8 +113,9 @@ def replay(root: Path, step: int, overrides: Sequence[str] = ()) -> Replayed:
     updates = update_policy(learner, batches.minibatches, accept)
     seconds = {"update": time.perf_counter() - began}
     metrics = step_metrics(groups, rewards, advantages, batches, updates, seconds)
-    rows = {row["step"]: row for row in read_metrics(folder.root)}
-    return Replayed(rows.get(step, {}), metrics, updates)
+    if config.rollout.ahead:
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(OFF_POLICY)}
+    return Replayed(row, metrics, updates)
 
 
 def replayable(folder: RunFolder, step: int) -> Path | None:
