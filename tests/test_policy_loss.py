@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from balcap_mega.algorithm import logits
+from balcap_mega.algorithm import lm_head, logits
 from balcap_mega.algorithm.batch import TokenBatch
 from balcap_mega.algorithm.lm_head import HeadShard, fused_cross_entropy, fused_policy_loss, token_logprobs
 from balcap_mega.algorithm.metrics import MAXIMA, SUMS, PolicyMetrics
@@ -345,6 +345,7 @@ def test_main_grad_of_a_weight_tied_to_the_embedding():
 
 
 def test_sequence_level_falls_back_and_says_so(caplog):
+    lm_head._say_fallback.cache_clear()  # it is said once
     tokens = random_tokens(14, [5, 4], VOCABULARY)
     config = EVERYTHING.model_copy(update={"ratio_level": "sequence"})
     hidden, weight = hidden_rows(9).requires_grad_(), head_weight().requires_grad_()
