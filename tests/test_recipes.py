@@ -77,8 +77,11 @@ def test_recipe_runs_in_miniature(recipe, tiny_checkpoint, tmp_path):
         assert judge.asked("verify") and judge.asked("cover") and judge.asked("language")
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
+    # Captions of the second step are sampled in the first (rollout.ahead), so their requests may count there.
+    assert sum(row["judge/requests"] for row in rows) >= 2 * 4 * 2
+    assert sum(row["judge/completion_tokens"] for row in rows) > 0
     for row in rows:
-        assert row["judge/requests"] >= 4 * 2 and row["judge/completion_tokens"] > 0 < row["judge/concurrency"]
+        assert row["judge/concurrency"] > 0
         assert row["judge/failures"] == row["judge/retries"] == row["judge/missing"] == 0
         assert row["rollout/logprob_difference_max"] <= 1e-4
         assert row["reward/precision_missing"] == row["reward/linguistic_missing"] == 0.0
