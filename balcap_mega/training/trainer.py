@@ -26,8 +26,7 @@ from balcap_mega.training.guard.signals import StopRequest
 from balcap_mega.training.heldout import HeldOutResult, evaluate_held_out
 from balcap_mega.training.in_flight import CAPTIONS_FILE, CaptionsInFlight, SavedCaptions, read_captions
 from balcap_mega.training.judging import Judging, patience
-from balcap_mega.training.learner import Learner, UpdateResult
-from balcap_mega.training.microbatch import Microbatch
+from balcap_mega.training.learner import Learner
 from balcap_mega.training.observe.judge_metrics import JudgeMeter, judge_metrics, reasons
 from balcap_mega.training.observe.metrics import PhaseTimer
 from balcap_mega.training.observe.step_metrics import step_metrics
@@ -105,9 +104,9 @@ class Trainer:
             self.stop.check(device)
         self.recorder(FinishedCaptions(number + 1, groups, judged, rewards.names, advantages))
         with phase("update"), self.keeping(None, Unhealthy):
-            self.learner.set_learning_rate(self.learning_rate(number))
+            self.learner.set_learning_rate(learning_rate(self.config.optimizer, number))
             accept = partial(self.health.accepts, number + 1, mismatch=off_policy and off_policy.mismatch)
-            updates = self.update(batches.minibatches, accept)
+            updates = update_policy(self.learner, batches.minibatches, accept)
             del self.in_flight[number]
         with phase("refit"):
             self.refit.run(offload=self.learner.offload)
@@ -153,14 +152,6 @@ class Trainer:
         now = by_caption(microbatches, self.learner.logprobs(microbatches), len(engine))
         captions.sampling = captions.sampling or now
         return engine, now
-
-    def update(
-        self, minibatches: Sequence[Sequence[Microbatch]], accept: Callable[[UpdateResult], bool]
-    ) -> list[UpdateResult]:
-        return update_policy(self.learner, minibatches, accept)
-
-    def learning_rate(self, number: int) -> float:
-        return learning_rate(self.config.optimizer, number)
 
     def evaluate(self, dataset: CaptionDataset, quotes: Container[int] = ()) -> HeldOutResult:
         """Caption and judge a whole dataset, greedily. A collective; it fails on all ranks alike.
