@@ -88,12 +88,16 @@ def test_logits_to_gradient(dtype, with_entropy, tmp_path):
     assert_streams_in_128_bits(found, share, FLOATS[dtype], stores=True)
 
 
+@pytest.mark.parametrize("importance", ["truncate", "token_band", "sequence_band"])
 @pytest.mark.parametrize("everything", [False, True])
-def test_policy_loss(everything, tmp_path):
+def test_policy_loss(everything, importance, tmp_path):
     from balcap_mega.kernels import policy_loss
 
     kernel = policy_loss.policy_loss_kernel
-    scalars = ("clip_low", "clip_high", "dual_clip", "kl_weight", "log_cap", "entropy_weight", "max_log_ratio")
+    scalars = (
+        "clip_low", "clip_high", "dual_clip", "kl_weight", "log_cap", "log_lower", "log_upper", "entropy_weight",
+        "max_log_ratio",
+    )  # fmt: skip
     types = {
         **dict.fromkeys(kernel.arg_names, "*fp32"), **dict.fromkeys(scalars, "fp32"),
         **dict.fromkeys(("sequence_ids", "token_index"), "*i64"),
@@ -101,7 +105,8 @@ def test_policy_loss(everything, tmp_path):
     }  # fmt: skip
     switches = ("DUAL_CLIP", "REFERENCE", "ENTROPY", "D_ENTROPY", "SEQUENCE_MEAN", "COUNT_SEQUENCES", "SEQUENCE_RATIO")
     constants = dict.fromkeys(switches, everything) | {
-        "CAPPED": True, "SUM_COLUMNS": policy_loss.SUM_COLUMNS, "SCRATCH_COLUMNS": policy_loss.SCRATCH_COLUMNS,
+        "CAPPED": True, "IMPORTANCE": policy_loss.IMPORTANCE[importance],
+        "SUM_COLUMNS": policy_loss.SUM_COLUMNS, "SCRATCH_COLUMNS": policy_loss.SCRATCH_COLUMNS,
         "REDUCE_ROWS": policy_loss.REDUCE_ROWS, "BLOCK": policy_loss.BLOCK,
     }  # fmt: skip
     if not everything:
