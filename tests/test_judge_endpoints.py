@@ -246,6 +246,19 @@ def test_who_waits_is_served_in_turn_and_a_cancelled_one_holds_no_place():
     asyncio.run(play())
 
 
+def test_questions_about_a_caption_do_not_wait_behind_those_about_a_later_one():
+    with JudgeServer(RuleJudge(TRUTHS), latency=0.05) as server:
+        judge = make_judge(server, concurrency=1)
+        for future in [judge.submit(make_record(units=("x",)), f"Caption {number}.") for number in range(3)]:
+            future.result(FAILURE_SECONDS)
+        judge.close()
+    asked = [json.dumps(body).partition("Caption ")[2][0] for _, body in server.requests]
+    assert asked.count("0") == 4  # split, cover, language, and verify, which waits for split's answer
+    for caption in "01":  # one later request may have got the place that split left
+        last = len(asked) - asked[::-1].index(caption)
+        assert sum(other > caption for other in asked[:last]) <= 1
+
+
 def test_a_server_that_says_429_is_asked_less_at_once_and_every_caption_is_judged():
     at_once = 0
 

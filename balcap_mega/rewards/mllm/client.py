@@ -96,12 +96,14 @@ class ChatClient:
         use_cache: bool = True,
         about: str = "",
         kind: str = "",
+        priority: int = 0,
     ) -> T:
         """POST `body` (the model's name is added) and return `accept(completion)`.
 
         body:  as OpenAI documents chat completions; the endpoint's dialect is applied here
         about: what requests with a common beginning share, such as an image: they go to one address
         kind:  of question; how long its answers take is compared with others of its kind
+        priority: the lowest goes first where requests wait for a place
         `accept` raises `Unusable` to have the request tried again. Raises RequestFailed after the last attempt, or at
         once where trying again cannot help (a key or a model that the endpoint does not know).
         """
@@ -137,7 +139,9 @@ class ChatClient:
                         encoded = json.dumps(as_sent(body, self.endpoint.model, self.endpoint.dialect)).encode()
                     request_id = f"{content[:16]}-{number}"
                     try:
-                        completion, request_id, url = await self._post_somewhere(encoded, request_id, key, kind)
+                        completion, request_id, url = await self._post_somewhere(
+                            encoded, request_id, key, kind, priority
+                        )
                         accepted = accept(completion)
                     except AttemptFailed as error:
                         error.request_id = error.request_id or request_id
@@ -155,12 +159,14 @@ class ChatClient:
         hint = state.outcome.exception().retry_after
         return max(self._backoff(state), min(hint, LONGEST_WAIT_SECONDS))
 
-    async def _post_somewhere(self, body: bytes, request_id: str, key: str, kind: str) -> tuple[Completion, str, str]:
+    async def _post_somewhere(
+        self, body: bytes, request_id: str, key: str, kind: str, priority: int
+    ) -> tuple[Completion, str, str]:
         """The completion, its request id and the address that gave it: the first that does not break down."""
         order = self._addresses.order(key)
         for address in order:
             try:
-                return *await self._post(address, body, request_id, kind), address.url
+                return *await self._post(address, body, request_id, kind, priority), address.url
             except AttemptFailed as error:
                 if error.reason not in BROKEN:
                     self._addresses.worked(address)  # it is there, whatever it thinks of this request
@@ -172,11 +178,13 @@ class ChatClient:
                 self.counters.moved += 1
         raise AssertionError("an endpoint has an address")
 
-    async def _post(self, address: Address, body: bytes, request_id: str, kind: str) -> tuple[Completion, str]:
+    async def _post(
+        self, address: Address, body: bytes, request_id: str, kind: str, priority: int
+    ) -> tuple[Completion, str]:
         """One request at one address, once there is a place for it."""
         asked = time.monotonic()
         try:
-            turn = await address.limit.begin()
+            turn = await address.limit.begin(priority)
         except Dismissed:
             raise AttemptFailed(LEFT_OUT) from None
         start = time.monotonic()

@@ -52,8 +52,9 @@ class MllmJudge:
     """Judges captions with the endpoints of a `RewardConfig`; see `balcap_mega.rewards.judge.Judge`.
 
     Requests of all captions run at the same time, as many as `concurrency` and the endpoint allow, on a thread of their
-    own: submit a caption the moment it is finished. A component whose requests fail is None in the Judgement, counted
-    in `report()` and logged with the request ids.
+    own: submit a caption the moment it is finished. Where they wait, those about a caption go before those about one
+    that was submitted later: captions sampled a step ahead do not hold up those that a step waits for. A component
+    whose requests fail is None in the Judgement, counted in `report()` and logged with the request ids.
 
     sharers: judges that ask the same endpoints for one job, each with its share of their concurrency
     """
@@ -132,10 +133,11 @@ class MllmJudge:
 
     async def _judge(self, record: CaptionRecord, caption: str, quotes: bool) -> Judgement:
         self._captions += 1
+        number = self._captions
         assertions, covered, grades = await asyncio.gather(
-            self._or_missing("precision", record, self._assertions(record, caption, quotes)),
-            self._or_missing("recall", record, self._covered(record, caption)),
-            self._or_missing("linguistic", record, self._grades(record, caption)),
+            self._or_missing("precision", record, self._assertions(record, caption, quotes, number)),
+            self._or_missing("recall", record, self._covered(record, caption, number)),
+            self._or_missing("linguistic", record, self._grades(record, caption, number)),
         )
         return Judgement(assertions, covered, *(grades or (None, None, None)))
 
@@ -147,17 +149,24 @@ class MllmJudge:
             log.warning("%s of a caption of record %r is missing: %s", component, record.id, error)
             return None
 
-    async def _ask(self, question: questions.Question[T], record: CaptionRecord | None = None) -> T:
-        """An image's questions go to one address, whose prefix cache has the image and the reference's facts."""
-        about = "" if record is None else record.id
-        return await self._client[question.name].ask(question.body, question.accept, about=about, kind=question.name)
+    async def _ask(self, question: questions.Question[T], record: CaptionRecord | None = None, number: int = 0) -> T:
+        """An image's questions go to one address, whose prefix cache has the image and the reference's facts.
 
-    async def _assertions(self, record: CaptionRecord, caption: str, quotes: bool) -> tuple[Assertion, ...]:
+        number: of the caption that it is about, as they were submitted
+        """
+        about = "" if record is None else record.id
+        return await self._client[question.name].ask(
+            question.body, question.accept, about=about, kind=question.name, priority=number
+        )
+
+    async def _assertions(
+        self, record: CaptionRecord, caption: str, quotes: bool, number: int
+    ) -> tuple[Assertion, ...]:
         if not caption.strip():
             return ()
         # The image is encoded while the caption is split; all captions of a group share one encoding.
         image_url, found = await asyncio.gather(
-            self._image_url(record), self._ask(questions.split(caption, quotes=quotes), record)
+            self._image_url(record), self._ask(questions.split(caption, quotes=quotes), record, number)
         )
         # A claim made twice is judged once: saying a true thing again earns nothing.
         claims = {text.strip().casefold(): (text, place) for text, place in reversed(_placed(found, caption))}
@@ -165,7 +174,7 @@ class MllmJudge:
         if found.too_many:
             verdicts = [Verdict.UNCHECKED] * len(texts)  # nobody could check them all, and that must not pay
         elif texts:
-            answers = await self._ask(questions.verify(texts, image_url), record)
+            answers = await self._ask(questions.verify(texts, image_url), record, number)
             verdicts = [_verdict(answer, self.config.pointability) for answer in answers]
         else:
             verdicts = ()
@@ -181,23 +190,27 @@ class MllmJudge:
         _, url = await self._images.get(id(record.image), encode)
         return url
 
-    async def _covered(self, record: CaptionRecord, caption: str) -> tuple[bool, ...]:
-        units = record.units if record.units is not None else await self._reference_units(record.reference, record)
+    async def _covered(self, record: CaptionRecord, caption: str, number: int) -> tuple[bool, ...]:
+        units = record.units
+        if units is None:
+            units = await self._reference_units(record.reference, record, number)
         if not units or not caption.strip():
             return (False,) * len(units)
-        return tuple(await self._ask(questions.cover(units, caption), record))
+        return tuple(await self._ask(questions.cover(units, caption), record, number))
 
-    async def _reference_units(self, reference: str, record: CaptionRecord | None = None) -> tuple[str, ...]:
+    async def _reference_units(
+        self, reference: str, record: CaptionRecord | None = None, number: int = 0
+    ) -> tuple[str, ...]:
         async def extract():
-            units = await self._ask(questions.units(reference), record)
+            units = await self._ask(questions.units(reference), record, number)
             return tuple(dict.fromkeys(unit.strip() for unit in units))
 
         return await self._units.get(reference, extract)
 
-    async def _grades(self, record: CaptionRecord, caption: str) -> tuple[float, float, float]:
+    async def _grades(self, record: CaptionRecord, caption: str, number: int) -> tuple[float, float, float]:
         if not caption.strip():
             return 0.0, 0.0, 0.0
-        grades = await self._ask(questions.language(caption), record)
+        grades = await self._ask(questions.language(caption), record, number)
         return tuple(grade / questions.HIGHEST_GRADE for grade in (grades.clarity, grades.fluency, grades.coherency))
 
 

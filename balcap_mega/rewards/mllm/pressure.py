@@ -1,8 +1,9 @@
 """How many requests an address gets at once: more while its answers come quickly, fewer at once when it labours."""
 
 import asyncio
-from collections import deque
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
 
 FIRST_LIMIT = 8  # before anything is known of an address
 REFUSED, SLOWER = 0.5, 0.75  # what is left of the limit after a refusal, and after answers that take longer
@@ -33,23 +34,25 @@ class AdaptiveLimit:
     is halved by a refusal or a timeout, and lowered by a quarter when answers take `GROWN` times as long as usual for
     their kind; each at most once for the requests that were under way together. A server that shares its time over
     twice as many requests may take twice as long for each and is none the slower, so durations count for each request
-    that could be beside it. Used on one event loop.
+    that could be beside it. Those who wait are served by priority, the lowest first, then in turn. Used on one event
+    loop.
     """
 
     def __init__(self, ceiling: int):
         self.ceiling = ceiling
         self.limit = float(min(ceiling, FIRST_LIMIT))
         self.under_way = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap: by priority, then by arrival
+        self._arrival = count()
         self._era = 0
         self._usual: dict[str, float] = {}
         self._recent = 1.0  # shares over their kind's usual one
 
-    async def begin(self) -> Turn:
+    async def begin(self, priority: int = 0) -> Turn:
         """Wait for a place. Each must be followed by one `end`. Raises Dismissed when the line is dismissed."""
         if self.under_way >= int(self.limit) or self._waiting:
             place = asyncio.get_running_loop().create_future()
-            self._waiting.append(place)
+            heappush(self._waiting, (priority, next(self._arrival), place))
             try:
                 await place  # whoever sets it has counted this request
             except asyncio.CancelledError:
@@ -71,7 +74,7 @@ class AdaptiveLimit:
     def dismiss(self) -> None:
         """Send everybody who waits elsewhere, and begin anew with what is known of the address."""
         while self._waiting:
-            place = self._waiting.popleft()
+            *_, place = heappop(self._waiting)
             if not place.done():
                 place.set_exception(Dismissed())
         self.limit = float(min(self.ceiling, FIRST_LIMIT))
@@ -102,7 +105,7 @@ class AdaptiveLimit:
     def _leave(self) -> None:
         self.under_way -= 1
         while self._waiting and self.under_way < int(self.limit):
-            place = self._waiting.popleft()
+            *_, place = heappop(self._waiting)
             if not place.done():
                 self.under_way += 1
                 place.set_result(None)
