@@ -48,9 +48,10 @@ from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.parallel.groups import initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
-from balcap_mega.training.batches import BatchBuilder, Prompts
+from balcap_mega.training.batches import BatchBuilder
 from balcap_mega.training.learner import Learner
 from balcap_mega.training.microbatch import Microbatch
+from balcap_mega.training.prompts import Prompts
 
 PROMPT = "Describe the image."
 TEXTS = (

@@ -19,12 +19,12 @@ from balcap_mega.rewards.judge import Judgement
 from balcap_mega.rewards.scenes import SceneJudge
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
-from balcap_mega.training.batches import Prompts
 from balcap_mega.training.guard.health import Health, Unhealthy
 from balcap_mega.training.in_flight import CAPTIONS_FILE, CaptionsInFlight, read_captions
 from balcap_mega.training.judging import Judging
 from balcap_mega.training.learner import UpdateResult
 from balcap_mega.training.off_policy import SHARE, OffPolicy, scored_prompts
+from balcap_mega.training.prompts import Prompts
 
 
 class Half(SceneJudge):

@@ -7,10 +7,10 @@ from balcap_mega.config.schema import RunConfig
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
-from balcap_mega.training.batches import Prompts
 from balcap_mega.training.build import build_trainer
 from balcap_mega.training.folder import RunFolder
 from balcap_mega.training.guard.signals import StopRequest
+from balcap_mega.training.prompts import Prompts
 
 WIDE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 8,

@@ -24,10 +24,11 @@ from balcap_mega.rewards.collect import CaptionScore, build_reward_batch
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import build_refit, weight_transfer
 from balcap_mega.rollout.refit.refit import CorruptRefit
-from balcap_mega.training.batches import Prompts, batch_builder
+from balcap_mega.training.batches import batch_builder
 from balcap_mega.training.guard.health import Health, Unhealthy
 from balcap_mega.training.learner import Learner, UpdateResult
 from balcap_mega.training.observe.step_metrics import reward_metrics
+from balcap_mega.training.prompts import Prompts
 from tests.support.distributed import launch
 from tests.support.rollout_cases import make_prompts
 from tests.test_learner import make_batch

@@ -27,10 +27,11 @@ from balcap_mega.rewards.factory import build_rewards
 from balcap_mega.rollout.engine import request_seed
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
-from balcap_mega.training.batches import BatchBuilder, Prompts
+from balcap_mega.training.batches import BatchBuilder
 from balcap_mega.training.folder import RunFolder
 from balcap_mega.training.inputs import agreed_inputs, write_inputs
 from balcap_mega.training.judging import Judging
+from balcap_mega.training.prompts import Prompts
 from tests.support.distributed import launch
 
 

@@ -14,9 +14,10 @@ from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
-from balcap_mega.training.batches import Prompts, batch_builder
+from balcap_mega.training.batches import batch_builder
 from balcap_mega.training.learner import Learner
 from balcap_mega.training.microbatch import with_old_logprobs, with_reference_logprobs
+from balcap_mega.training.prompts import Prompts
 
 PARALLEL = ParallelConfig(device="cpu")
 CAPTIONS = ("A large red circle.", "Two blue squares are above a star.", "A star.", "A red star is to the left.")

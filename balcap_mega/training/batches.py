@@ -1,6 +1,5 @@
 """From token ids to microbatches: every rank assigns the step's captions to rows alike, then builds its own rows."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,44 +8,16 @@ import torch
 
 from balcap_mega.algorithm.batch import Advantages
 from balcap_mega.config.schema import PackingConfig, RunConfig
-from balcap_mega.data.records import CaptionDataset, CaptionRecord
+from balcap_mega.data.records import CaptionRecord
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.fp8 import row_multiple
 from balcap_mega.models.processing import ProcessedPrompt, PromptProcessor
 from balcap_mega.packing.assign import GroupLengths, RowAssignment, assign_rows
 from balcap_mega.packing.build import PackingGroup, build_row
 from balcap_mega.parallel.groups import ProcessGrid
-from balcap_mega.rollout.engine import RolloutRequest
-from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import RolloutGroup, SeenRecord
 from balcap_mega.training.microbatch import Microbatch, SequenceValues
-
-
-class Prompts(Sequence[CaptionRecord]):
-    """The records of a step by their place in it, each read when first asked for, once on this rank."""
-
-    def __init__(self, dataset: CaptionDataset, indices: Sequence[int]):
-        self.dataset, self.indices = dataset, tuple(indices)
-        self._records: dict[int, CaptionRecord] = {}
-
-    def __getitem__(self, place: int) -> CaptionRecord:
-        index = self.indices[place]
-        if index not in self._records:
-            self._records[index] = self.dataset[index]
-        return self._records[index]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def of(self, replica: Replica) -> list[RolloutRequest]:
-        """The share of them that an engine generates."""
-        earlier: Counter[int] = Counter()
-        repeats = []
-        for index in self.indices:
-            repeats.append(earlier[index])
-            earlier[index] += 1
-        places = replica.shard(range(len(self)))
-        return [RolloutRequest(place, self[place], self.indices[place], repeats[place]) for place in places]
+from balcap_mega.training.prompts import Prompts
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from balcap_mega.rewards.judge import Judgement
 from balcap_mega.rewards.missing import refuse_missing
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.replicas import Replica
-from balcap_mega.training.batches import Prompts
 from balcap_mega.training.folder import write_text
 from balcap_mega.training.judging import Judging
+from balcap_mega.training.prompts import Prompts
 
 
 @dataclass(frozen=True)

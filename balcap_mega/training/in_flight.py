@@ -11,8 +11,8 @@ from balcap_mega.rewards.components import Rewarded
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.replicas import Replica
 from balcap_mega.rollout.rollouts import RolloutGroup
-from balcap_mega.training.batches import Prompts
 from balcap_mega.training.judging import Judging
+from balcap_mega.training.prompts import Prompts
 
 CAPTIONS_FILE = "captions.json"
 """In a checkpoint: the captions that were in flight."""

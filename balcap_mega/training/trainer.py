@@ -18,7 +18,7 @@ from balcap_mega.rewards.missing import refuse_missing
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import Refit
 from balcap_mega.rollout.replicas import Replica
-from balcap_mega.training.batches import BatchBuilder, Prompts
+from balcap_mega.training.batches import BatchBuilder
 from balcap_mega.training.checkpoint.format import latest_checkpoint, load_checkpoint
 from balcap_mega.training.checkpoint.writer import CheckpointWriter
 from balcap_mega.training.guard.health import Finding, Health, Unhealthy
@@ -31,6 +31,7 @@ from balcap_mega.training.observe.judge_metrics import JudgeMeter, judge_metrics
 from balcap_mega.training.observe.metrics import PhaseTimer
 from balcap_mega.training.observe.step_metrics import step_metrics
 from balcap_mega.training.off_policy import ByCaption, OffPolicy, by_caption, scored_prompts
+from balcap_mega.training.prompts import Prompts
 from balcap_mega.training.record.format import FinishedCaptions
 from balcap_mega.training.record.recorder import Recorder
 from balcap_mega.training.truncation import without_truncated

@@ -23,7 +23,7 @@ from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.groups import initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.collect import CaptionScore, build_reward_batch
-from balcap_mega.training.batches import Prompts, batch_builder
+from balcap_mega.training.batches import batch_builder
 from balcap_mega.training.build import build_learner
 from balcap_mega.training.checkpoint.format import load_checkpoint
 from balcap_mega.training.folder import RunFolder
@@ -32,6 +32,7 @@ from balcap_mega.training.learner import UpdateResult
 from balcap_mega.training.observe.metrics import read_metrics
 from balcap_mega.training.observe.step_metrics import step_metrics
 from balcap_mega.training.prompt_fit import fitting
+from balcap_mega.training.prompts import Prompts
 from balcap_mega.training.record.format import RecordedStep, ranges, read_step, steps_on_record
 from balcap_mega.training.truncation import without_truncated
 from balcap_mega.training.update import learning_rate, update_policy
