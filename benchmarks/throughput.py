@@ -184,9 +184,6 @@ def median_of(rows: list[dict[str, float]], prefix: str) -> dict[str, float]:
 def measure(arguments: argparse.Namespace, folder: Path, platform: Platform) -> dict[str, Any]:
     config = run_config(folder, arguments)
     trainer = prepare(folder, config, arguments, platform)
-    refits: list[dict[str, float]] = []
-    run = trainer.refit.run
-    trainer.refit.run = lambda offload: refits.append(run(offload).seconds)
     rows = [trainer.step(number) for number in range(arguments.warmup + arguments.steps)][arguments.warmup :]
 
     world = torch.distributed.get_world_size()
@@ -221,7 +218,7 @@ def measure(arguments: argparse.Namespace, folder: Path, platform: Platform) -> 
         },
         "flops": flops,
         "seconds": seconds,
-        "refit_seconds": median_of(refits[arguments.warmup :], ""),
+        "refit_seconds": median_of(rows, "refit/seconds/"),
         "memory_gib": memory | parts_gib(trainer),
         "logprob_difference": max(row["rollout/logprob_difference_max"] for row in rows),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TIMING = ("seconds/", "throughput/")
+TIMING = ("seconds/", "throughput/", "refit/seconds/")
 
 
 def command(output: Path, *overrides: str, ranks: int = 2) -> list[str]:
@@ -72,6 +72,16 @@ def test_trainer_and_engine_agree(finished):
         assert row["policy/kl_old"] == 0.0
     told = [row.get("health/long_captions") for row in rows(finished)]
     assert told == [None, rows(finished)[1]["reward/length_ratio"], None]
+
+
+def test_a_refit_says_what_it_moved(finished):
+    """Two ranks whose engine holds the language model's halves once more, and float32 weights of all of them."""
+    language = sum(tensor.nbytes for name, tensor in weights(finished / "policy").items() if "visual" not in name)
+    for row in rows(finished):
+        assert language <= row["refit/bytes"] < 1.1 * language, "halves, but for norms, which both ranks have"
+        assert 0 <= row["refit/bytes_exchanged"] <= row["refit/bytes"]
+        phases = [row[f"refit/seconds/{phase}"] for phase in ("offload", "wake", "transfer", "finalise")]
+        assert 0 < sum(phases) <= 1.1 * row["seconds/refit"]
 
 
 def test_exported_policy_loads_in_transformers(finished):

@@ -29,6 +29,7 @@ from balcap_mega.training.judging import Judging, patience
 from balcap_mega.training.learner import Learner
 from balcap_mega.training.observe.judge_metrics import JudgeMeter, judge_metrics, reasons
 from balcap_mega.training.observe.metrics import PhaseTimer
+from balcap_mega.training.observe.refit_metrics import refit_metrics
 from balcap_mega.training.observe.step_metrics import step_metrics
 from balcap_mega.training.off_policy import ByCaption, OffPolicy, by_caption, scored_prompts
 from balcap_mega.training.prompts import Prompts
@@ -110,9 +111,10 @@ class Trainer:
             updates = update_policy(self.learner, batches.minibatches, accept)
             del self.in_flight[number]
         with phase("refit"):
-            self.refit.run(offload=self.learner.offload)
+            moved = refit_metrics(self.refit.run(offload=self.learner.offload))
         metrics = step_metrics(groups, rewards, advantages, batches, updates, phase.seconds, off_policy)
-        return metrics | judge_metrics(asked) | {f"memory/{name}": value for name, value in phase.memory.items()}
+        metrics |= judge_metrics(asked) | moved
+        return metrics | {f"memory/{name}": value for name, value in phase.memory.items()}
 
     def steps_to_sample(self, number: int) -> list[int]:
         """The steps whose captions are sampled in step `number`: its own, and with `rollout.ahead` the next one's.
