@@ -85,7 +85,7 @@ addresses() { # FIRST COUNT: of all nodes, as a list
 start=()
 nodes=("$(hostname -f)")
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-    start=(srun --kill-on-bad-exit=1)
+    start=(srun --kill-on-bad-exit=1 --cpu-bind=none) # a task has all cores of its node
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 fi
 rm -f "$file"

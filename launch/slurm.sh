@@ -32,7 +32,8 @@ stopping='' step=''
 trap 'stopping=yes; [ -z "$step" ] || kill -USR1 "$step"' USR1 # srun hands it on to every node
 
 on_all_nodes() { # SCRIPT [ARGUMENT...]
-    srun --kill-on-bad-exit=1 bash launch/node.sh "$@" &
+    # One task a node with all its cores: bound to those of one task, eight ranks would share a core.
+    srun --kill-on-bad-exit=1 --cpu-bind=none bash launch/node.sh "$@" &
     step=$!
     while kill -0 "$step" 2> /dev/null; do
         wait "$step" # returns early at a signal

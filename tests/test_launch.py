@@ -139,6 +139,26 @@ def test_a_judge_that_cannot_start_ends_its_job(judge_job, tmp_path):
     assert job.wait(timeout=60) == 2 and "8 GPUs a node make no server of TENSOR=16" in job.stderr.read()
 
 
+def test_srun_gives_a_node_all_its_cores(tmp_path):
+    """Bound to the cores of its one task, as SLURM does by default, a node's ranks would share a core or two."""
+    for name, body in {
+        "srun": f'echo "$@" >> {tmp_path}/asked',
+        "scontrol": "echo node0",
+        "hostname": "echo h",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node0", "SLURM_GPUS_ON_NODE": "8",
+    }  # fmt: skip
+    subprocess.run(["bash", "launch/slurm.sh", "--config", "c"], cwd=ROOT, env=environment, check=True, timeout=60)
+    judge = ["bash", "launch/judge_slurm.sh", str(tmp_path / "judge"), "model"]
+    subprocess.run(judge, cwd=ROOT, env=environment, timeout=60, stderr=subprocess.DEVNULL)  # no server answers
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 3 and all("--cpu-bind=none" in line.split() for line in asked)
+
+
 def wait_for(condition, job: subprocess.Popen | None = None) -> None:
     deadline = time.monotonic() + 60
     while not condition():
