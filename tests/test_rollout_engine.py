@@ -1,7 +1,9 @@
 """The real vLLM engine in this process, and over two ranks: logprobs, seeds, banned tokens, callbacks, replicas."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.families import FAMILIES
 from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest, request_seed
+from balcap_mega.rollout.vllm_runtime import process_state_kept
 from tests.support.distributed import launch
 from tests.support.rollout_cases import largest_difference, make_prompts, reference_logits
 
@@ -80,6 +83,12 @@ def check_one_rank(folders):
             engine.sample(prompts, step=5, on_finished=lambda *_, engine=engine: engine.reset_caches())
         engine.reset_caches()
 
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.llm, "step", lambda step=engine.llm.step: list(map(gave_up, step())))
+            with pytest.raises(RuntimeError, match=r"gave up caption \d of record 1\d\d \(error\)"):
+                engine.sample(prompts[:3], step=5)
+        assert not engine.llm.has_unfinished_requests()
+
         huge = RolloutRequest(1, replace(prompts[0].record, image=prompts[0].record.image.resize((1400, 1400))), 1)
         if folder.name.startswith("qwen"):  # LLaVA scales every image to one size
             with pytest.raises(UserError, match=r"record 1 does not fit rollout\.max_model_len=512"):
@@ -87,6 +96,18 @@ def check_one_rank(folders):
             assert not engine.llm.has_unfinished_requests()
 
         assert torch.set_num_threads is set_num_threads and torch.equal(torch.get_rng_state(), generator)
+
+    # A bfloat16 model's logits are tempered in float32, as the trainer does.
+    [processor] = engine.llm.apply_model(lambda model: model.get_language_model().logits_processor)
+    processor.logits_as_input, logits = True, 30 * torch.randn(3, 50, dtype=torch.bfloat16)
+    assert torch.equal(processor(None, logits.clone()), logits.float() * (1 / 0.7))
+
+
+def gave_up(output):
+    """What vLLM reports of a request that failed inside."""
+    for completion in output.outputs:
+        completion.finish_reason = completion.finish_reason and "error"
+    return output
 
 
 def check_two_ranks(folders):
@@ -107,6 +128,20 @@ def test_engine_on_one_rank(tiny_checkpoint):
 def test_engine_over_two_ranks(tiny_checkpoint):
     first, second = launch(2, check_two_ranks, [tiny_checkpoint(family) for family in FAMILIES])
     assert first == second
+
+
+def test_the_learners_stream_stays_current(monkeypatch):
+    """Whatever stream vLLM leaves behind, and with its work done first."""
+    device = torch.device("cuda")
+    learners, engines = (SimpleNamespace(waited=[]) for _ in range(2))
+    learners.wait_stream = learners.waited.append
+    current = [learners]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    with process_state_kept(device):
+        torch.cuda.set_stream(engines)
+    assert current[-1] is learners and learners.waited == [engines]
 
 
 def test_request_seeds_are_far_apart():

@@ -31,6 +31,9 @@ WEIGHT_TRANSFER = ("balcap_mega", "balcap_mega.rollout.refit.weight_transfer", "
 
 REFIT_WORKER = "balcap_mega.rollout.refit.weight_transfer.RefitWorker"
 
+ENDS = {"stop": True, "length": False}
+"""vLLM's reasons why a caption is over, and whether it is whole then. Any other one says that something failed."""
+
 OnFinished = Callable[[int, int, Rollout], None]
 """(the prompt's place, rollout number, rollout), called as soon as one caption is finished, while others generate."""
 
@@ -59,10 +62,10 @@ class RolloutEngine:
     sleeps: `sleep` and the two stages of waking do something; on a CPU, where vLLM has no sleep, they never do.
 
     The policy is softmax(logits / temperature) over the whole vocabulary, and `Rollout.logprobs` are exactly its
-    logprobs, at any temperature: vLLM's own logits processor is given 1 / temperature as its scale, and requests sample
-    at temperature 1 with `raw_logprobs`. Media tokens are banned, and `top_p` < 1 truncates, only while a token is
-    drawn: either leaves the reported logprobs those of the full distribution, which is what the trainer differentiates.
-    With top_p < 1 captions therefore come from the nucleus alone, and that bias stays uncorrected.
+    logprobs, at any temperature: what vLLM's logits processor returns is scaled by 1 / temperature in float32, and
+    requests sample at temperature 1 with `raw_logprobs`. Media tokens are banned, and `top_p` < 1 truncates, only while
+    a token is drawn: either leaves the reported logprobs those of the full distribution, which is what the trainer
+    differentiates. With top_p < 1 captions therefore come from the nucleus alone, and that bias stays uncorrected.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class RolloutEngine:
 
         Drawn from (run seed, step, record index, repeat, rollout number) alone: a resumed run draws the same ones, and
         a record that a step has twice gets other captions the second time. Raises TimeoutError, naming what it waited
-        for, after `timeout_seconds`.
+        for, after `timeout_seconds`, and RuntimeError where vLLM gives a caption up.
         """
         return self._generate(
             requests,
@@ -192,6 +195,11 @@ class RolloutEngine:
                         for completion in output.outputs:
                             if completion.finish_reason is None:
                                 continue
+                            if completion.finish_reason not in ENDS:
+                                raise RuntimeError(
+                                    f"vLLM gave up caption {completion.index} of record {requests[place].record_index} "
+                                    f"({completion.finish_reason}): what there is of it is no sample of the policy"
+                                )
                             rollout = captions[place][completion.index] = self._rollout(completion)
                             if on_finished is not None:
                                 on_finished(requests[place].place, completion.index, rollout)
@@ -210,8 +218,8 @@ class RolloutEngine:
 
     def _rollout(self, completion) -> Rollout:
         token_ids, logprobs = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
-        finished = completion.finish_reason == "stop"
-        return Rollout(token_ids, logprobs, self.processor.decode_caption(token_ids), finished)
+        text = self.processor.decode_caption(token_ids)
+        return Rollout(token_ids, logprobs, text, finished=ENDS[completion.finish_reason])
 
     def _submit(self, name: str, request: RolloutRequest, sampling) -> str:
         """Hand one request to vLLM. It processes the image here, and refuses one that leaves no room for a caption."""

@@ -6,7 +6,7 @@ Settings that vLLM reads at import, registries, finalizers, and what it must lea
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import numpy
@@ -64,12 +64,21 @@ def build_engine(arguments):
 
 
 def scale_logits(engine, scale: float) -> None:
-    """Have the model multiply its logits by `scale`, so that raw logprobs are those of the tempered distribution."""
+    """Have the model multiply its logits by `scale`, so that raw logprobs are those of the tempered distribution.
 
-    def set_scale(model: torch.nn.Module) -> None:
-        model.get_language_model().logits_processor.scale = scale
+    In float32, as the trainer does. vLLM's own `scale` rounds each product to the dtype of the weights: in bfloat16 a
+    logit of 30 by up to 0.06, and its logprob with it.
+    """
+    if scale == 1:
+        return
 
-    engine.apply_model(set_scale)
+    def scaled(processor: torch.nn.Module, arguments: tuple, logits: torch.Tensor | None) -> torch.Tensor | None:
+        return None if logits is None else logits.float().mul_(scale)  # None: as it was
+
+    def register(model: torch.nn.Module) -> None:
+        model.get_language_model().logits_processor.register_forward_hook(scaled)
+
+    engine.apply_model(register)
 
 
 def _use_gloo_instead_of_shared_memory() -> None:
@@ -91,13 +100,28 @@ def _use_gloo_instead_of_shared_memory() -> None:
 def process_state_kept(device: torch.device) -> Iterator[None]:
     """Whatever vLLM draws or seeds inside, Python's, NumPy's and torch's random generators are as before on leaving.
 
-    `torch.set_num_threads` too: vLLM's CPU worker replaces it with a function that does nothing.
+    `torch.set_num_threads` too: vLLM's CPU worker replaces it with a function that does nothing. And the CUDA stream.
     """
     python_state, numpy_state, set_num_threads = random.getstate(), numpy.random.get_state(), torch.set_num_threads
+    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=devices), _stream_kept(device) if devices else nullcontext():
             yield
     finally:
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
         torch.set_num_threads = set_num_threads
+
+
+@contextmanager
+def _stream_kept(device: torch.device) -> Iterator[None]:
+    """vLLM's first tensor-parallel collective makes a stream of its own the process's current one, and leaves it so.
+
+    The learner's parameters, buffers and gradient accumulators belong to the one before.
+    """
+    stream = torch.cuda.current_stream(device)
+    try:
+        yield
+    finally:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.set_stream(stream)  # vLLM's own, which takes note of it
