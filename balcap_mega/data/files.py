@@ -14,6 +14,7 @@ from balcap_mega.data.annotations import LeftOut
 from balcap_mega.data.headers import Unreadable, picture_size
 from balcap_mega.data.images import ImageDecoder, PilDecoder, shrink, why_unreadable
 from balcap_mega.data.inputs import digest_of
+from balcap_mega.data.questions import ChoiceQuestion
 from balcap_mega.data.records import CaptionRecord, refuse_placeholders
 from balcap_mega.errors import UserError
 
@@ -34,6 +35,7 @@ class ImageRow:
     prompt: str
     reference: str
     units: tuple[str, ...] | None = None
+    questions: tuple[ChoiceQuestion, ...] | None = None
 
 
 class EmbeddedImages(Protocol):
@@ -118,7 +120,9 @@ class ImageFileDataset:
         ]
 
     def digest(self) -> str:
-        return digest_of((row.id, row.image, row.prompt, row.reference, row.units) for row in self.rows)
+        return digest_of(
+            (row.id, row.image, row.prompt, row.reference, row.units, *_plain(row.questions)) for row in self.rows
+        )
 
     def is_sound(self, index: int) -> bool:
         """Whether the picture of row `index` can be decoded."""
@@ -169,7 +173,7 @@ class ImageFileDataset:
         row = self.rows[index]
         if self._max_pixels is not None:
             picture = shrink(picture, self._max_pixels)
-        return CaptionRecord(row.id, picture, row.prompt, row.reference, row.units)
+        return CaptionRecord(row.id, picture, row.prompt, row.reference, row.units, row.questions)
 
     def _next_sound(self, index: int) -> CaptionRecord:
         while True:
@@ -263,6 +267,11 @@ def read_image_file(path: Path) -> bytes:
     except Unreadable as error:
         log.warning("%r %s", str(path), error)
         return b""
+
+
+def _plain(questions: Sequence[ChoiceQuestion] | None) -> list[tuple]:
+    """Nothing for a row without questions: as before rows could have any."""
+    return [(each.question, each.choices, each.answer) for each in questions or ()]
 
 
 def _present_files(root: Path, images: set[str]) -> set[str]:

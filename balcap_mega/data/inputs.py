@@ -12,7 +12,7 @@ from balcap_mega.errors import UserError
 
 @dataclass(frozen=True)
 class RowsDigest:
-    """How many rows, and a digest of their content in order: ids, image paths, prompts, references and units."""
+    """How many rows, and a digest of all that they hold, in order, but pictures: ids, paths, texts, questions."""
 
     count: int
     digest: str

@@ -1,31 +1,23 @@
 """Image and reference pairs, one JSON object a line; what `launch/prepare_data.py` writes.
 
-    {"image": "photos/cat.jpg", "reference": "A cat …", "id": "…", "prompt": "…", "units": ["There is a cat.", …]}
+    {"image": "photos/cat.jpg", "reference": "A cat …", "id": "…", "prompt": "…", "units": ["There is a cat.", …],
+     "questions": [{"question": "What is on the sofa?", "choices": ["A cat", "A dog"], "answer": "A cat"}, …]}
 
-Only `image` and `reference` are needed.
+Only `image` and `reference` are needed; `questions` are for the reward `utility`.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from balcap_mega.data.annotations import LeftOut, broken_text, loosely_parsed, read_text_file
 from balcap_mega.data.files import ImageRow
+from balcap_mega.data.questions import FORM, QuestionEntry, Text
 from balcap_mega.errors import UserError
 
 DEFAULT_PROMPT = "Describe this image in detail."
-
-
-def not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("blank")
-    return text
-
-
-Text = Annotated[str, AfterValidator(not_blank)]
 
 
 class Line(BaseModel):
@@ -36,6 +28,7 @@ class Line(BaseModel):
     id: str | None = None
     prompt: Text = DEFAULT_PROMPT
     units: list[str] | None = None
+    questions: list[QuestionEntry] | None = None
 
 
 def read_jsonl(path: str | Path, prefixes: Sequence[str] = ()) -> list[ImageRow | LeftOut]:
@@ -60,14 +53,21 @@ def _rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[ImageRow | LeftO
             if reason := _broken(text):
                 yield LeftOut(f"{path}:{number}", reason)
                 continue
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"])) or "the line"
-            raise UserError(
-                f"{path}:{number}: {key}: {first['msg']}",
-                remedy='each line needs "image" and "reference" and may have "id", "prompt" and "units"',
-            ) from error
+            raise _refused(f"{path}:{number}", text, error) from error
         units = None if line.units is None else tuple(line.units)
-        yield ImageRow(line.id or line.image, line.image, line.prompt, line.reference, units)
+        questions = None if line.questions is None else tuple(entry.as_question() for entry in line.questions)
+        yield ImageRow(line.id or line.image, line.image, line.prompt, line.reference, units, questions)
+
+
+def _refused(where: str, line: bytes, error: ValidationError) -> UserError:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"])) or "the line"
+    if not key.startswith("questions"):
+        known = 'each line needs "image" and "reference" and may have "id", "prompt", "units" and "questions"'
+        return UserError(f"{where}: {key}: {first['msg']}", remedy=known)
+    row = json.loads(line)
+    name = str(row.get("id") or row.get("image"))[:200]
+    return UserError(f"{where}: record {name!r}: {key}: {first['msg'].removeprefix('Value error, ')}", remedy=FORM)
 
 
 def _broken(line: bytes) -> str | None:
@@ -85,6 +85,7 @@ def as_line(row: ImageRow) -> str:
         id=row.id,
         prompt=row.prompt,
         units=None if row.units is None else list(row.units),
+        questions=None if row.questions is None else [QuestionEntry.of(question) for question in row.questions],
     )
     return json.dumps(line.model_dump(exclude_none=True), ensure_ascii=False)
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from balcap_mega.data.questions import ChoiceQuestion
 from balcap_mega.errors import UserError
 
 # What stands for an image in the chat templates of both families; in a prompt it would ask for one more.
@@ -18,7 +19,8 @@ class CaptionRecord:
     """One training or evaluation example.
 
     `units` are the atomic facts the reference states (the denominator of recall), where they are known in advance;
-    a judge that needs them extracts them otherwise. Subclasses may carry more ground truth (see `scenes`).
+    a judge that needs them extracts them otherwise. `questions` are what the reward `utility` asks; without them it is
+    missing. Subclasses may carry more ground truth (see `scenes`).
     """
 
     id: str
@@ -26,6 +28,7 @@ class CaptionRecord:
     prompt: str
     reference: str
     units: tuple[str, ...] | None = None
+    questions: tuple[ChoiceQuestion, ...] | None = None
 
     @cached_property
     def pixels(self) -> str:

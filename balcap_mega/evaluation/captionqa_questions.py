@@ -13,11 +13,10 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from balcap_mega.data.questions import CANNOT_ANSWER, LETTERS
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation.session import read_json, read_json_lines
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-CANNOT_ANSWER = "Cannot answer from the caption"
 CANNOT_ANSWER_BONUS = 0.05
 VERBS = (
     "is", "are", "was", "were", "do", "does", "did", "have", "has", "had", "can", "could", "will", "would",

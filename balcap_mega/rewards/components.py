@@ -33,8 +33,8 @@ class PendingRewards:
         """Raises TimeoutError where the judge, or a reward, takes longer than that in seconds."""
         judgement = NOT_JUDGED if self.judgement is None else self.judgement.result(timeout)
         own = {name: future.result(timeout) for name, future in self.own.items()}
-        judged = judgement.components()
-        return Rewarded(judgement, {n: own[n] if n in own else judged[source] for n, source in self.sources.items()})
+        found = {n: own[n] if n in own else getattr(judgement, source) for n, source in self.sources.items()}
+        return Rewarded(judgement, found)
 
 
 class Rewards:

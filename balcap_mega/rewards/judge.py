@@ -31,13 +31,16 @@ class Assertion:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A judge's reply about one caption. A field is None when that part of the judging failed: missing, never 0."""
+    """A judge's reply about one caption. A field is None where that part of the judging failed, or was not asked for:
+    missing, never 0.
+    """
 
     assertions: tuple[Assertion, ...] | None
     covered: tuple[bool, ...] | None  # one per reference unit
     clarity: float | None  # the three quality scores lie in [0, 1]
     fluency: float | None
     coherency: float | None
+    answers: tuple[float, ...] | None = None  # what each question of the record earned (`ChoiceQuestion.credit`)
 
     @property
     def precision(self) -> float | None:
@@ -58,7 +61,20 @@ class Judgement:
         scores = (self.clarity, self.fluency, self.coherency)
         return None if None in scores else mean(scores)
 
+    @property
+    def utility(self) -> float | None:
+        """How far the record's questions can be answered from the caption alone (CapRL, arXiv 2509.22647), in [0, 1]:
+
+            max(0, mean over questions of 1 if answered right, 0 if not answered, −1 / (choices − 1) if wrong)
+
+        With k choices each, all of them answered, it is the share right beyond chance, (right − 1/k) / (1 − 1/k). An
+        answer that is guessed earns 0 on average, as much as "cannot answer": the score is an estimate of the share
+        known, whether the model that answers likes to guess or not. None where the record has no questions.
+        """
+        return max(0.0, mean(self.answers)) if self.answers else None
+
     def components(self) -> dict[str, float | None]:
+        """The three of b-CapScore."""
         return {name: getattr(self, name) for name in COMPONENTS}
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.scenes.grammar import PROMPT, reference_caption, reference_units, unit_text
+from balcap_mega.data.scenes.questions import scene_questions
 from balcap_mega.data.scenes.render import IMAGE_SIZE, render
 from balcap_mega.data.scenes.world import Scene, draw_scene
 
@@ -43,6 +44,7 @@ class ScenesDataset:
             prompt=PROMPT,
             reference=reference_caption(scene),
             units=tuple(unit_text(scene, unit) for unit in reference_units(scene)),
+            questions=scene_questions(scene),
             scene=scene,
         )
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
 from balcap_mega.config.schema import JudgeQuestion
-from balcap_mega.data.jsonl import Text
+from balcap_mega.data.questions import Text
 from balcap_mega.rewards.mllm.failures import Unusable
 from balcap_mega.rewards.mllm.replies import WHOLE, Choice, Completion, usable_json
 

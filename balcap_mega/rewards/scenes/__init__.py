@@ -5,7 +5,8 @@ from concurrent.futures import Future
 from balcap_mega.data.scenes import SceneRecord
 from balcap_mega.data.scenes.grammar import reference_units
 from balcap_mega.rewards.judge import Judgement
-from balcap_mega.rewards.scenes.discourse import follow
+from balcap_mega.rewards.scenes.answering import answer
+from balcap_mega.rewards.scenes.discourse import Discourse, follow
 from balcap_mega.rewards.scenes.reading import read
 from balcap_mega.rewards.scenes.style import assess
 from balcap_mega.rewards.scenes.verify import bind, verify
@@ -16,10 +17,11 @@ class SceneJudge:
     repeats what was said; what it cannot see in the scene counts against precision.
 
     pointability: False lets what points at nothing, moods and praise, pass as true, as a lenient judge does
+    answers:      also answer the record's questions, from the caption alone
     """
 
-    def __init__(self, pointability: bool = True):
-        self.pointability = pointability
+    def __init__(self, pointability: bool = True, *, answers: bool = False):
+        self.pointability, self.answers = pointability, answers
 
     def judge(self, record: SceneRecord, caption: str) -> Judgement:
         sentences = read(caption)
@@ -33,7 +35,12 @@ class SceneJudge:
             clarity=style.clarity,
             fluency=style.fluency,
             coherency=style.coherency,
+            answers=self._answers(record, discourse) if self.answers else None,
         )
+
+    @staticmethod
+    def _answers(record: SceneRecord, discourse: Discourse) -> tuple[float, ...]:
+        return tuple(question.credit(answer(question, discourse)) for question in record.questions or ())
 
     def submit(self, record: SceneRecord, caption: str, *, quotes: bool = False) -> Future[Judgement]:
         """A future that is done already; the places of the assertions are always there."""

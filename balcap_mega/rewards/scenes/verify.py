@@ -42,7 +42,7 @@ def verify(
     else any caption could be diluted with them.
     """
     assertions, covered, implied = [], set(), 0
-    contested = _contested(discourse)
+    doubtful = contested(discourse)
     related = False
     for claim in discourse.claims:
         facts = _facts(claim, discourse, binding)
@@ -57,7 +57,7 @@ def verify(
         if claim.attribute is None:  # nothing visible is claimed, so nothing there can be wrong
             verdict = Verdict.NOT_POINTABLE if pointability else Verdict.VERIFIED
         assertions.append(Assertion(caption[claim.start : claim.stop], claim.start, claim.stop, verdict))
-        if true and not any(e in contested or claim.attribute in e.contradictory for e in claim.entities):
+        if true and not any(e in doubtful or claim.attribute in e.contradictory for e in claim.entities):
             covered.update(facts)
     return tuple(assertions), covered, implied
 
@@ -75,20 +75,20 @@ def _facts(claim: Claim, discourse: Discourse, binding: Binding) -> list[Fact] |
     return [Fact(subject, claim.attribute, value) for subject in subjects]
 
 
-def _contested(discourse: Discourse) -> set[Entity]:
+def contested(discourse: Discourse) -> set[Entity]:
     """Entities that cannot all be there, so that none of them tells a reader anything: those that share a place, and,
     when the caption names more objects than a scene has places, those without one."""
     holders: dict[str, list[Entity]] = {}
     for entity in discourse.entities:
         for place in entity.stated.get("place", ()):
             holders.setdefault(place, []).append(entity)
-    contested = {entity for group in holders.values() if len(group) > 1 for entity in group}
+    doubtful = {entity for group in holders.values() if len(group) > 1 for entity in group}
     if len(discourse.entities) > MAX_OBJECTS:
-        contested |= {entity for entity in discourse.entities if "place" not in entity.stated}
-    return contested
+        doubtful |= {entity for entity in discourse.entities if "place" not in entity.stated}
+    return doubtful
 
 
 def contradictions(discourse: Discourse) -> int:
     """Places, attributes and overviews about which the caption disagrees with itself."""
     own = sum(len(thing.contradictory) for thing in (discourse.scene, *discourse.entities))
-    return own + len(_contested(discourse)) // 2
+    return own + len(contested(discourse)) // 2
