@@ -57,16 +57,41 @@ def make_batch(folder, learner, layout, updates=1, fp8="none", advantages=None):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_host_reads_nothing_back_to_embed_a_row(tiny_checkpoint, layout, family):
+    """On a device whose memory nobody can read: there to wait for what is queued would end in an error.
+
+    And a step's batches take the embeddings of a frozen tower's images with them.
+    """
+    folder = tiny_checkpoint(family)
+    learner = make_learner(folder)
+    [[microbatch, *_]] = make_batch(folder, learner, layout)
+    policy = learner.policy
+    with torch.no_grad():
+        expected, _ = policy._embed(microbatch.row.tokens[None], microbatch.images)
+        assert len(policy._frozen_embeddings) == len(set(microbatch.images)) > 0
+        policy._frozen_embeddings.clear()
+        unreadable, _ = policy.to("meta")._embed(microbatch.row.tokens[None], microbatch.images)
+    assert unreadable.is_meta and unreadable.shape == expected.shape and expected.isfinite().all()
+    del microbatch, _
+    assert not policy._frozen_embeddings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_first_update_has_ratio_one_and_no_divergence(tiny_checkpoint, layout, family):
     folder = tiny_checkpoint(family)
     learner = make_learner(folder, kl_weight=0.1)
     [microbatches] = make_batch(folder, learner, layout)
-    microbatches = with_reference_logprobs(microbatches, learner.reference_logprobs(microbatches))
+    [reference] = learner.reference_logprobs([microbatches])
+    microbatches = with_reference_logprobs(microbatches, reference)
     first = learner.update(microbatches).metrics
     assert first["ratio_max"] == 1.0 and first["clip_fraction"] == 0.0
     assert first["kl_old"] == 0.0 and first["kl_reference"] == 0.0
 
-    microbatches = with_old_logprobs(microbatches, learner.reference_logprobs(microbatches))
+    moved = {name: parameter.clone() for name, parameter in learner.policy.named_parameters()}
+    [again] = learner.reference_logprobs([microbatches])
+    assert all(map(torch.equal, again, reference)), "of the weights that it started from, whatever came since"
+    assert all(torch.equal(parameter, moved[name]) for name, parameter in learner.policy.named_parameters())
+    microbatches = with_old_logprobs(microbatches, again)
     second = learner.update(microbatches).metrics
     assert second["ratio_max"] > 1.0 and second["kl_old"] > 0.0 and second["kl_reference"] > 0.0
 
@@ -145,7 +170,7 @@ def test_minibatches_keep_groups_whole(tiny_checkpoint, layout):
 @pytest.mark.parametrize("distributed_optimizer", [True, False])
 def test_offloading_between_updates_changes_no_bit(tiny_checkpoint, layout, monkeypatch, dtype, distributed_optimizer):
     """All memory but the weights' is really given back, and training goes on as if it had never left."""
-    monkeypatch.setattr("balcap_mega.parallel.offload.HOST_BLOCK_BYTES", 100_000)  # so that tensors lie across blocks
+    monkeypatch.setattr("balcap_mega.parallel.host_memory.BLOCK_BYTES", 100_000)  # so that tensors lie across blocks
     folder = tiny_checkpoint("qwen2_5_vl")
     trained = []
     for offload in ("never", "always"):

@@ -17,7 +17,6 @@ from balcap_mega.parallel.agreement import failing_together
 from balcap_mega.rewards.collect import CaptionScore, build_reward_batch
 from balcap_mega.rewards.judge import Judgement
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
-from balcap_mega.training.batches import Batches
 from balcap_mega.training.guard.health import Health
 from balcap_mega.training.heldout import HeldOutCaption, HeldOutResult
 from balcap_mega.training.learner import UpdateResult
@@ -136,8 +135,8 @@ def metrics_of(updates: list[UpdateResult], finished: tuple[bool, ...] = (True, 
     )
     count = len(finished)
     advantages = Advantages(torch.zeros(count), torch.zeros(3, count), torch.zeros(count, dtype=torch.bool))
-    batches = Batches(((),), (RowAssignment(((),), 10, 0, 10, 1.0),))
-    return step_metrics([group], rewards, advantages, batches, updates, {"update": 1.0})
+    packed = [RowAssignment(((),), 10, 0, 10, 1.0)]
+    return step_metrics([group], rewards, advantages, packed, updates, {"update": 1.0})
 
 
 def test_metrics_of_a_step_are_over_all_its_tokens():

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balcap_mega.parallel.transfer import to_device
+
 
 @dataclass(frozen=True)
 class RewardBatch:
@@ -74,4 +76,4 @@ class TokenBatch:
 
 
 def _moved(column: Any, device: torch.device) -> Any:
-    return column.to(device) if isinstance(column, Tensor) else column
+    return to_device(column, device) if isinstance(column, Tensor) else column

@@ -47,6 +47,7 @@ from balcap_mega.models.vision import VisionInputs, VisionTower, encode_images
 from balcap_mega.parallel.gradients import PARTIAL_OVER_TENSOR_PARALLEL
 from balcap_mega.parallel.groups import process_grid
 from balcap_mega.parallel.platform import Platform, calls_megatron
+from balcap_mega.parallel.transfer import to_device
 
 Objective = Callable[[Tensor, Tensor], Any]
 """(hidden [R, H], head weight [padded_vocab / TP, H]) -> whatever the last stage shall return.
@@ -146,7 +147,8 @@ class VisionLanguagePolicy(MegatronModule):
     ) -> Tensor:
         """Run this stage on one packed row (see `packing.rows.PackedRow`); every TP rank passes the same arguments.
 
-        tokens:       [1, S] int64; under sequence parallelism S is a multiple of the tensor-parallel size
+        tokens:       [1, S] int64, on the host: there image tokens are found without a wait for the device; under
+                      sequence parallelism S is a multiple of the tensor-parallel size
         position_ids: [3, 1, S] int64
         segments:     [M, 4] int32 on the host, which tokens attend to which
         hidden_rows:  [R] int64, the rows of hidden states that the objective reads
@@ -161,10 +163,11 @@ class VisionLanguagePolicy(MegatronModule):
 
         And what `DeepstackLayer` adds, zero where no image stands: [layers, S, 1, H], or cut over TP likewise.
         """
-        embeddings = self.language_model.embed(tokens)
+        device = self.language_model.embedding.word_embeddings.weight.device
+        embeddings = self.language_model.embed(to_device(tokens, device))
         deepstack = None
         if images:
-            places = (tokens[0] == self.architecture.image_token_id).nonzero()[:, 0]
+            places = to_device((tokens[0] == self.architecture.image_token_id).nonzero()[:, 0], device)
             features = torch.cat(self._encode(images))
             if len(places) != len(features):
                 raise ValueError(

@@ -6,11 +6,14 @@ handful of calls, on any device and in any dtype.
 """
 
 from collections import defaultdict
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from balcap_mega.parallel.transfer import to_device
 
 BATCHED_SEGMENTS = "batched_segments_like_flash"
 """Its name in a transformers config: a tower passes cumulative lengths to whatever has "flash" in its name."""
@@ -30,25 +33,32 @@ def batched_segment_attention(
     """Bidirectional attention within each segment.
 
     query, key, value: [1, heads, T, d]
-    cu_seq_lens_q:     [segments + 1] where each segment starts, and T
+    cu_seq_lens_q:     [segments + 1] where each segment starts, and T; on the host, as each layer reads it there
     Returns [1, T, heads, d], as transformers' attention functions do.
     """
-    starts_by_length = defaultdict(list)
-    bounds = cu_seq_lens_q.tolist()
-    for start, stop in pairwise(bounds):
-        starts_by_length[stop - start].append(start)
-    outputs, places = [], []
-    for length, starts in starts_by_length.items():
-        rows = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten().to(query.device)
+    batches, order = _by_length(tuple(cu_seq_lens_q.tolist()), query.device)
+    outputs = []
+    for length, rows in batches:
         segments = (
-            states[0].index_select(1, rows).unflatten(1, (len(starts), length)).transpose(0, 1)
-            for states in (query, key, value)
+            states[0].index_select(1, rows).unflatten(1, (-1, length)).transpose(0, 1) for states in (query, key, value)
         )
         output = nn.functional.scaled_dot_product_attention(*segments, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-        places.append(rows)
-    order = torch.cat(places).argsort()
     return torch.cat(outputs).index_select(0, order)[None], None
+
+
+@lru_cache(maxsize=8)
+def _by_length(bounds: tuple[int, ...], device: torch.device) -> tuple[list[tuple[int, Tensor]], Tensor]:
+    """For each length its segments' rows, and where the rows of all of them go back to; the same for many layers."""
+    starts_by_length = defaultdict(list)
+    for start, stop in pairwise(bounds):
+        starts_by_length[stop - start].append(start)
+    places = {
+        length: (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
+        for length, starts in starts_by_length.items()
+    }
+    order = torch.cat(list(places.values())).argsort()
+    return [(length, to_device(rows, device)) for length, rows in places.items()], to_device(order, device)
 
 
 ALL_ATTENTION_FUNCTIONS.register(BATCHED_SEGMENTS, batched_segment_attention)

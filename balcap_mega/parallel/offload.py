@@ -14,10 +14,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from balcap_mega.config.schema import ParallelConfig
+from balcap_mega.parallel.host_memory import HostMemory
 from balcap_mega.parallel.platform import Platform, calls_megatron
-
-HOST_BLOCK_BYTES = 2**28
-"""PyTorch rounds pinned allocations up to a power of two: this is one, so nothing is lost to it."""
 
 
 def shares_device(config: ParallelConfig, platform: Platform) -> bool:
@@ -34,7 +32,7 @@ class OptimizerOffload:
 
     def __init__(self, model: DistributedDataParallel, optimizer: MegatronOptimizer, device: torch.device):
         self._model, self._optimizer, self._device = model, optimizer, device
-        self._blocks: list[Tensor] = []
+        self._host = HostMemory(device)
         self._away: list[tuple[torch.UntypedStorage, int]] = []  # what was emptied, and its bytes
         self.is_offloaded = False
 
@@ -88,19 +86,9 @@ class OptimizerOffload:
         return [storage for address, storage in found.items() if address not in kept]
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Equally long stretches of bytes: on the host, and on the device, where the storages lie one after another."""
-        at = 0
-        for storage, size in self._away:
-            on_device = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-            done = 0
-            while done < size:
-                block, start = divmod(at, HOST_BLOCK_BYTES)
-                if block == len(self._blocks):
-                    pinned = self._device.type == "cuda"
-                    self._blocks.append(torch.empty(HOST_BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
-                length = min(size - done, HOST_BLOCK_BYTES - start)
-                yield self._blocks[block][start : start + length], on_device[done : done + length]
-                done, at = done + length, at + length
+        """Equally long stretches of bytes: on the host, and on the device."""
+        nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
+        return self._host.beside(nothing.new_empty(0).set_(storage) for storage, _ in self._away)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

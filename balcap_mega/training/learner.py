@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from balcap_mega.parallel.offload import OptimizerOffload, shares_device
 from balcap_mega.parallel.platform import Platform, calls_megatron
 from balcap_mega.parallel.progress import progress
 from balcap_mega.parallel.schedule import Loss, run_schedule
+from balcap_mega.parallel.transfer import to_device
+from balcap_mega.parallel.weights import OtherWeights
 from balcap_mega.training.microbatch import Microbatch
 
 
@@ -86,16 +87,16 @@ class Learner:
         self.optimizer = build_optimizer(self.model, optimizer, parallel)
         self.optimizer_offload = OptimizerOffload(self.model, self.optimizer, platform.device)
         self.shares_device = shares_device(parallel, platform)
-        self.reference = self._copy_of_weights() if algorithm.kl_weight > 0 else None
+        self.reference = OtherWeights(self.policy) if algorithm.kl_weight > 0 else None
 
     def logprobs(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Each microbatch's [R] float32 logprobs of its targets; on other pipeline stages than the last, empty ones."""
         return self._score(microbatches) or [torch.empty(0)] * len(microbatches)
 
-    def reference_logprobs(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
-        """The same under the weights the learner started from (they are swapped in for the forward pass)."""
-        with self._reference_weights():
-            return self.logprobs(microbatches)
+    def reference_logprobs(self, minibatches: Sequence[Sequence[Microbatch]]) -> list[list[Tensor]]:
+        """The same of each minibatch's microbatches under the weights the learner started from, swapped in once."""
+        with self.reference.in_place():
+            return [self.logprobs(minibatch) for minibatch in minibatches]
 
     def update(
         self, microbatches: Sequence[Microbatch], accept: Callable[[UpdateResult], bool] = must_be_finite
@@ -121,7 +122,7 @@ class Learner:
         return self._step(
             microbatches,
             lambda hidden, weight, microbatch: fused_cross_entropy(
-                hidden, microbatch.tokens.targets.to(hidden.device), self._head(weight)
+                hidden, to_device(microbatch.tokens.targets, hidden.device), self._head(weight)
             ),
         )
 
@@ -157,10 +158,10 @@ class Learner:
             progress.mark()
             row, device = microbatch.row, self.platform.device
             output = model(
-                row.tokens[None].to(device),
-                row.position_ids[:, None].to(device),
+                row.tokens[None],
+                to_device(row.position_ids[:, None], device),
                 row.segments,
-                row.hidden_rows.to(device),
+                to_device(row.hidden_rows, device),
                 lambda hidden, weight: objective(hidden, weight, microbatch),
                 images=microbatch.images,
             )
@@ -170,7 +171,8 @@ class Learner:
 
     def _score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         def objective(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> Tensor:
-            return token_logprobs(hidden, microbatch.tokens.targets.to(hidden.device), self._head(weight))[0]
+            targets = to_device(microbatch.tokens.targets, hidden.device)
+            return token_logprobs(hidden, targets, self._head(weight))[0]
 
         def keep(logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return logprobs.sum(), torch.tensor(1, dtype=torch.int32), logprobs
@@ -212,25 +214,3 @@ class Learner:
                 totals += torch.stack([result.loss_sum.detach(), result.normaliser.to(totals)])
         torch.distributed.all_reduce(totals)
         return (totals[0] / totals[1]).item(), metrics.all_reduced().summary()
-
-    def _copy_of_weights(self) -> dict[str, Tensor]:
-        return {
-            name: parameter.detach().to("cpu", copy=True)
-            for name, parameter in self.policy.named_parameters()
-            if parameter.requires_grad
-        }
-
-    @contextmanager
-    def _reference_weights(self):
-        current = self._copy_of_weights()
-        self._load(self.reference)
-        try:
-            yield
-        finally:
-            self._load(current)
-
-    def _load(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.policy.named_parameters():
-                if name in weights:
-                    parameter.copy_(weights[name])

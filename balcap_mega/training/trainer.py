@@ -109,10 +109,11 @@ class Trainer:
             self.learner.set_learning_rate(learning_rate(self.config.optimizer, number))
             accept = partial(self.health.accepts, number + 1, mismatch=off_policy and off_policy.mismatch)
             updates = update_policy(self.learner, batches.minibatches, accept)
-            del self.in_flight[number]
+            packed = batches.assignments
+            del self.in_flight[number], batches  # with their images' embeddings, before the engine wants the memory
         with phase("refit"):
             moved = refit_metrics(self.refit.run(offload=self.learner.offload))
-        metrics = step_metrics(groups, rewards, advantages, batches, updates, phase.seconds, off_policy)
+        metrics = step_metrics(groups, rewards, advantages, packed, updates, phase.seconds, off_policy)
         metrics |= judge_metrics(asked) | moved
         return metrics | {f"memory/{name}": value for name, value in phase.memory.items()}
 

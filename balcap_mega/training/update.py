@@ -12,9 +12,7 @@ def update_policy(
 ) -> list[UpdateResult]:
     """One optimizer step a minibatch, the ratio and the KL always against the policy the step began with."""
     if learner.algorithm.kl_weight > 0:
-        minibatches = [
-            with_reference_logprobs(minibatch, learner.reference_logprobs(minibatch)) for minibatch in minibatches
-        ]
+        minibatches = list(map(with_reference_logprobs, minibatches, learner.reference_logprobs(minibatches)))
     # The first update needs no old logprobs: they are its own. Later ones need them from before the first.
     minibatches = [
         *minibatches[:1],

@@ -18,6 +18,7 @@ from balcap_mega.models.families.interface import Decoder, Family, Shapes, TinyS
 from balcap_mega.models.families.tiny import DECODER, save, train_bpe
 from balcap_mega.models.huggingface.table import Table, linear
 from balcap_mega.models.vision import VisionInputs, VisionTower
+from balcap_mega.parallel.transfer import concatenated
 
 TOWER = "vision_tower.vision_model."
 
@@ -52,7 +53,8 @@ class LlavaVisionTower(VisionTower):
 
     def forward(self, images: Sequence[VisionInputs]) -> Tensor:
         tower = self.vision_tower
-        pixels = torch.cat([image.pixel_values for image in images]).to(self.multi_modal_projector.linear_1.weight)
+        weight = self.multi_modal_projector.linear_1.weight
+        pixels = concatenated([image.pixel_values for image in images], weight)
         hidden = tower.pre_layrnorm(tower.embeddings(pixels))
         for layer in tower.encoder.layers[: self.depth]:
             hidden = layer(hidden, attention_mask=None)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from balcap_mega.models.families.interface import Decoder, Shapes, TinySpec
 from balcap_mega.models.families.qwen_vl import (
@@ -21,6 +22,7 @@ from balcap_mega.models.families.tiny import initial_std, save
 from balcap_mega.models.huggingface.table import Table, linear
 from balcap_mega.models.vision import VisionInputs, VisionTower
 from balcap_mega.models.vision_attention import BATCHED_SEGMENTS
+from balcap_mega.parallel.transfer import concatenated, to_device
 
 
 class Qwen2_5_VisionTower(VisionTower):
@@ -38,10 +40,17 @@ class Qwen2_5_VisionTower(VisionTower):
         return int(image.image_grid_thw.prod()) // self.visual.spatial_merge_unit
 
     def forward(self, images: Sequence[VisionInputs]) -> Tensor:
-        parameter = self.visual.patch_embed.proj.weight
-        pixels = torch.cat([image.pixel_values for image in images]).to(parameter)
-        grids = torch.cat([image.image_grid_thw for image in images]).to(parameter.device)
-        return self.visual(pixels, grid_thw=grids).pooler_output
+        visual, weight = self.visual, self.visual.patch_embed.proj.weight
+        grids = torch.cat([image.image_grid_thw for image in images])  # on the host, and so what bounds segments
+        merged = visual.spatial_merge_size
+        windows, bounds = get_vision_window_index(grids, merged, visual.window_size, visual.patch_size)
+        return visual(
+            concatenated([image.pixel_values for image in images], weight),
+            grid_thw=grids,
+            position_ids=to_device(get_vision_position_ids(grids, merged), weight.device),
+            window_index=to_device(windows, weight.device),
+            cu_window_seqlens=bounds,
+        ).pooler_output
 
 
 def _released(hidden, ffn, layers, heads, kv_heads, vocab, tied, vision_ffn) -> dict[str, Any]:

@@ -15,6 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from balcap_mega.models.families.interface import Decoder, Shapes, TinySpec
 from balcap_mega.models.families.qwen_vl import (
@@ -28,6 +32,7 @@ from balcap_mega.models.families.tiny import initial_std, save
 from balcap_mega.models.huggingface.table import Table, linear
 from balcap_mega.models.vision import VisionInputs, VisionTower
 from balcap_mega.models.vision_attention import BATCHED_SEGMENTS
+from balcap_mega.parallel.transfer import concatenated, to_device
 
 
 class Qwen3_VisionTower(VisionTower):
@@ -45,10 +50,22 @@ class Qwen3_VisionTower(VisionTower):
         return int(image.image_grid_thw.prod()) // self.visual.spatial_merge_unit
 
     def forward(self, images: Sequence[VisionInputs]) -> Tensor:
-        parameter = self.visual.patch_embed.proj.weight
-        pixels = torch.cat([image.pixel_values for image in images]).to(parameter)
-        grids = torch.cat([image.image_grid_thw for image in images]).to(parameter.device)
-        output = self.visual(pixels, grid_thw=grids)
+        visual, weight = self.visual, self.visual.patch_embed.proj.weight
+        grids = torch.cat([image.image_grid_thw for image in images])  # on the host, and so what bounds segments
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grids,
+            visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=visual.spatial_merge_size,
+        )
+        output = visual(
+            concatenated([image.pixel_values for image in images], weight),
+            grid_thw=grids,
+            interp_indices=to_device(indices, weight.device),
+            interp_weights=to_device(weights, weight.device),
+            position_ids=to_device(get_vision_position_ids(grids, visual.spatial_merge_size), weight.device),
+        )
         return torch.cat([output.pooler_output, *output.deepstack_features], dim=1)
 
 

@@ -6,9 +6,9 @@ from statistics import fmean
 
 from balcap_mega.algorithm.batch import Advantages, RewardBatch
 from balcap_mega.algorithm.length_gate import length_ratios
+from balcap_mega.packing.assign import RowAssignment
 from balcap_mega.rewards.balance import balance
 from balcap_mega.rollout.rollouts import RolloutGroup
-from balcap_mega.training.batches import Batches
 from balcap_mega.training.learner import UpdateResult
 from balcap_mega.training.off_policy import OffPolicy
 
@@ -26,7 +26,7 @@ def step_metrics(
     groups: Sequence[RolloutGroup],
     rewards: RewardBatch,
     advantages: Advantages,
-    batches: Batches,
+    packed: Sequence[RowAssignment],
     updates: Sequence[UpdateResult],
     seconds: Mapping[str, float],
     off_policy: OffPolicy | None = None,
@@ -37,13 +37,13 @@ def step_metrics(
     of all of them; loss and gradient norm are means over updates. Those that were left out count only for what they
     say of trainer, engine and entropy. NaN where every update was left out.
 
+    packed:     how each update's captions were shared out over rows
     off_policy: of captions that were sampled ahead. Others come from the weights that the first update begins with:
         then the updates say how trainer and engine differ, and nothing is stale.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     response_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     total = sum(seconds.values())
-    packed = batches.assignments
     row_tokens = sum(each.tokens for each in packed)
     applied = [update for update in updates if update.applied]
 

@@ -113,7 +113,7 @@ def replay(root: Path, step: int, overrides: Sequence[str] = ()) -> Replayed:
     learner.set_learning_rate(learning_rate(config.optimizer, step - 1))
     updates = update_policy(learner, batches.minibatches, accept)
     seconds = {"update": time.perf_counter() - began}
-    metrics = step_metrics(groups, rewards, advantages, batches, updates, seconds)
+    metrics = step_metrics(groups, rewards, advantages, batches.assignments, updates, seconds)
     if config.rollout.ahead:
         metrics = {name: value for name, value in metrics.items() if not name.startswith(OFF_POLICY)}
     return Replayed(row, metrics, updates)

@@ -1,0 +1,42 @@
+"""A second set of weights beside the policy's, for the KL to where a run began."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from balcap_mega.parallel.host_memory import HostMemory
+
+
+class OtherWeights:
+    """The trained weights of `policy` as they are now, in host memory; frozen ones need no second copy.
+
+    They change places with the policy's own, a stretch of at most `host_memory.BLOCK_BYTES` at a time, so there is
+    never a third copy.
+    """
+
+    def __init__(self, policy: nn.Module):
+        self._policy = policy
+        self._host = HostMemory(next(policy.parameters()).device)
+        for host, weights in self._stretches():
+            host.copy_(weights)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the policy has these weights."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for host, weights in self._stretches():
+            current = weights.clone()
+            weights.copy_(host, non_blocking=True)
+            host.copy_(current, non_blocking=True)  # in the device's order: nobody else touches this memory
+
+    def _stretches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        trained = (parameter.detach() for parameter in self._policy.parameters() if parameter.requires_grad)
+        return self._host.beside(parameter.view(-1).view(torch.uint8) for parameter in trained)
