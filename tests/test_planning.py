@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -22,6 +20,7 @@ from balcap_mega.planning.published import ROWS
 from balcap_mega.planning.search import HEADROOM, search
 from balcap_mega.planning.tables import print_assumptions, print_measured
 from balcap_mega.planning.workload import Workload, pack_for
+from tests.support.plan_command import plan_command
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("llava15_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_vl_32b", "qwen2_5_vl_72b", "qwen3_vl_8b")
@@ -163,17 +162,15 @@ def test_measured_rows_are_compared_and_carried_over_to_a_cluster(tmp_path):
 
 def test_command_line(tmp_path):
     found = tmp_path / "plan.json"
-    command = [sys.executable, "launch/plan.py", "--config", "configs/qwen2_5_vl_3b.yaml"]
-    done = subprocess.run(
-        [*command, "--search", "--json", str(found)], cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
+    command = ["--config", str(ROOT / "configs" / "qwen2_5_vl_3b.yaml")]
+    done = plan_command(*command, "--search", "--json", str(found))
     assert done.returncode == 0, done.stderr
     best = json.loads(found.read_text())["best"]
     pasted = done.stdout.strip().splitlines()[-1].split()
     assert pasted == best["overrides"]
     layout = Layout.of(recipe("qwen2_5_vl_3b", *pasted))
     assert vars(layout) == best["layout"]
-    done = subprocess.run([*command, "packing.row_tokens=65536"], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = plan_command(*command, "packing.row_tokens=65536")
     assert done.returncode == 2 and "error: out of memory in update by" in done.stderr
 
 

@@ -1,7 +1,6 @@
 """The judge in a plan: its tokens are the protocol's own, and a step waits for what its GPUs cannot keep up with."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import judge_captions  # noqa: E402
 
 from tests.support.judge_rates import IMAGE_TOKENS, PrefixCache, prompt_tokens, token_ids  # noqa: E402
+from tests.support.plan_command import plan_command  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_budget_of_nodes_is_shared_out(planner):
 
 
 def test_the_command_line_always_charges_the_judge(tmp_path):
-    command = [sys.executable, "launch/plan.py", "--config", "configs/qwen2_5_vl_7b.yaml", "--json"]
+    command = ["--config", str(ROOT / "configs" / "qwen2_5_vl_7b.yaml"), "--json", str(tmp_path / "plan.json")]
     rate = {
         "model": "m", "addresses": 1, "captions": 8, "complete": 8, "captions_per_second": 2.0, "written": 1.0,
         "read": 1.0, "cached": 0.0, "failures": {},
@@ -137,9 +137,7 @@ def test_the_command_line_always_charges_the_judge(tmp_path):
         "two nodes": ["--judge-gpus", "16"],
         "measured": ["--judge-measured", str(tmp_path / "rate.json")],
     }.items():
-        done = subprocess.run(
-            [*command, str(tmp_path / "plan.json"), *options], cwd=ROOT, capture_output=True, text=True, timeout=280
-        )
+        done = plan_command(*command, *options)
         assert done.returncode == 0, done.stderr
         assert "a step waits" in done.stdout and "would hide it" in done.stdout
         waits[name] = json.loads((tmp_path / "plan.json").read_text())["plan"]["seconds"]["rewards"]

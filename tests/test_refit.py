@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from transformers import AutoModelForImageTextToText
 
 from balcap_mega.config.schema import ModelConfig, ParallelConfig, RolloutConfig
@@ -26,7 +25,7 @@ from balcap_mega.rollout.refit.peers import share_parameters
 from balcap_mega.rollout.refit.pieces import checksums
 from balcap_mega.rollout.refit.refit import Refit, RefitError
 from balcap_mega.rollout.vllm_runtime import import_vllm
-from tests.support.distributed import _rank_main, launch, launcher_store
+from tests.support.distributed import _rank_main, forking, launch, launcher_store
 from tests.support.policy_cases import load_state
 from tests.support.rollout_cases import largest_difference, make_prompts
 
@@ -273,7 +272,7 @@ def test_refit_between_layouts_on_four_ranks(tiny_checkpoint):
 )
 def test_a_silent_rank_stops_all_ranks_with_phase_and_bucket(tiny_checkpoint, dies, reachable, phase):
     """A collective ends for the ranks that have all their parts: with three of them, all wait for the silent one."""
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     results, store = context.Queue(), launcher_store()
     arguments = (3, store.port, silent_rank, (tiny_checkpoint("qwen2_5_vl"), dies, reachable), results)
     ranks = [context.Process(target=_rank_main, args=(rank, *arguments)) for rank in range(3)]

@@ -5,6 +5,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -39,14 +40,20 @@ def _rank_main(rank: int, world_size: int, port: int, target: Callable, args: tu
         raise
 
 
+def forking() -> BaseContext:
+    """Starts processes by forking one that has imported what ranks need, and has started nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preloaded"])
+    return context
+
+
 def launch(world_size: int, target: Callable, *args: Any, timeout: float = 240) -> list[Any]:
     """Call the module-level function `target(*args)` on `world_size` ranks; return what each returned, by rank.
 
     Raises AssertionError with the first failing rank's traceback, or TimeoutError naming the silent ranks.
     Return plain Python values or numpy arrays: a tensor's shared memory would not outlive its process.
     """
-    context = multiprocessing.get_context("forkserver")  # of one process, which has imported and started nothing else
-    context.set_forkserver_preload(["tests.support.preloaded"])
+    context = forking()
     results = context.Queue()
     store = launcher_store()
     ranks = [
