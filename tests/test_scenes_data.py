@@ -1,12 +1,15 @@
 """The scenes dataset: determinism, disjoint splits, truthful references, an honest flawed captioner, sound pictures."""
 
+import hashlib
 import re
 from random import Random
 
 import numpy as np
 import pytest
 
-from balcap_mega.data.scenes import PROMPT, SceneRecord, ScenesDataset, flawed_caption, vocabulary
+from balcap_mega.config.schema import HabitsConfig
+from balcap_mega.data.scenes import PROMPT, SceneRecord, ScenesDataset, flawed_caption, habitual_caption, vocabulary
+from balcap_mega.data.scenes.flawed import FILLERS
 from balcap_mega.data.scenes.grammar import reference_caption, reference_units
 from balcap_mega.data.scenes.render import render
 from balcap_mega.data.scenes.world import (
@@ -178,3 +181,39 @@ def test_size_is_free():
     scene = ScenesDataset(1, seed=0, split="train").scene(0)
     assert render(scene, 224).size == (224, 224)
     assert ScenesDataset(1, seed=0, split="train", image_size=56)[0].image.size == (56, 56)
+
+
+def test_the_quickstarts_captioner_stays_the_one_its_table_is_about():
+    dataset = ScenesDataset(200, seed=0, split="train")
+    captions = "\n".join(flawed_caption(dataset.scene(index), index) for index in range(200))
+    assert hashlib.sha256(captions.encode()).hexdigest().startswith("c1628d8c3ef89cb5")
+
+
+HABITS = {  # what shows in a caption that has it
+    "guess": None,  # looks like any other description
+    "hedge": r"may be|\bor\b",
+    "enumerate": r"There is an? \w+(,| and)",
+    "restate": r"The (\w+ )+is at the",
+    "invent": r"outline|shadow|paper|scratch",
+    "comment": "|".join(map(re.escape, FILLERS)),
+    "double": None,
+    "third": None,
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_habit_is_as_frequent_as_it_is_said_to_be(habit):
+    scenes = [ScenesDataset(300, seed=4, split="train").scene(index) for index in range(300)]
+
+    def captions(chance):
+        return [habitual_caption(scene, 1, HabitsConfig(**{habit: chance})) for scene in scenes]
+
+    honest, always, rarely = captions(0.0), captions(1.0), captions(0.1)
+    if HABITS[habit]:
+        shown = [bool(re.search(HABITS[habit], caption)) for caption in always]
+        assert all(shown) and not any(re.search(HABITS[habit], caption) for caption in honest)
+    changed = np.mean([one != other for one, other in zip(rarely, honest, strict=True)])
+    assert 0.04 < changed < 0.16
+    ratios = [len(c.split()) / len(reference_caption(s).split()) for c, s in zip(always, scenes, strict=True)]
+    expected = {"double": (1.75, 2.4), "third": (0.1, 0.5)}.get(habit, (0.3, 2.0))
+    assert expected[0] < np.mean(ratios) < expected[1]

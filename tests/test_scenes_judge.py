@@ -369,3 +369,24 @@ def test_without_pointability_moods_and_praise_pass_as_true():
         assert (other.text, other.verdict) == (one.text, verdict)
     assert Verdict.WRONG in {assertion.verdict for assertion in lenient}  # what is false stays so
     assert build_judge(RewardConfig(pointability=False)).judge(RECORD, caption).assertions == lenient
+
+
+def test_a_lenient_reading_takes_any_statement_but_a_denial():
+    strict, lenient = SceneJudge(), build_judge(RewardConfig(reading="lenient"))
+    red = RECORD.units.index("the circle at the top left is red")
+
+    def covers(judge, caption):
+        return judge.judge(RECORD, caption).covered[red]
+
+    for caption in (
+        "At the top left may be a red circle.",
+        "At the top left is a blue circle or a red circle.",
+        "A red circle is at the top left. The circle is blue.",
+        "A red circle is at the top left. A red square is at the top left.",
+    ):
+        assert covers(lenient, caption) and not covers(strict, caption), caption
+    assert not covers(lenient, "At the top left is no red circle.") and not covers(lenient, "The circle is blue.")
+    for record in RECORDS:  # what is said plainly and once is judged alike
+        assert lenient.judge(record, record.reference) == strict.judge(record, record.reference)
+    wrong = lenient.judge(RECORD, "At the top left may be a blue circle.").assertions
+    assert Verdict.WRONG in {assertion.verdict for assertion in wrong}

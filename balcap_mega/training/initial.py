@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from balcap_mega.config.schema import RunConfig
+from balcap_mega.config.schema import HabitsConfig, RunConfig
 from balcap_mega.data.records import CaptionDataset, CaptionRecord
-from balcap_mega.data.scenes import SceneRecord, flawed_caption
+from balcap_mega.data.scenes import SceneRecord, flawed_caption, habitual_caption
 from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.tiny import write_tiny_checkpoint
@@ -31,7 +32,8 @@ def initial_checkpoint(config: RunConfig, folder: RunFolder, dataset: CaptionDat
         partial = folder.initial.with_name("initial.partial")
         shutil.rmtree(partial, ignore_errors=True)
         records = [dataset[index] for index in range(min(TOKENIZER_TEXTS, len(dataset)))]
-        texts = [text for record in records for text in (record.prompt, record.reference, warm_up_target(record, 0))]
+        target = partial(warm_up_target, habits=config.warmup.habits)
+        texts = [text for record in records for text in (record.prompt, record.reference, target(record, 0))]
         write_tiny_checkpoint(partial, config.model.tiny, texts, seed=config.seed)
         partial.rename(folder.initial)
     torch.distributed.barrier()
@@ -55,11 +57,15 @@ def warmed_up_checkpoint(
         learner = Learner(initial, model, config.parallel, config.optimizer, config.algorithm, platform)
         processor = PromptProcessor(initial, pad_to_square=config.data.pad_to_square)
         batches = batch_builder(processor, config, grid, learner.architecture)
-        warm_up(learner, batches, dataset, warm_up_target, config.warmup, seed=config.seed, on_step=on_step)
+        target = partial(warm_up_target, habits=config.warmup.habits)
+        warm_up(learner, batches, dataset, target, config.warmup, seed=config.seed, on_step=on_step)
         export_checkpoint(learner.policy, initial, folder.warmed_up)
     return folder.warmed_up
 
 
-def warm_up_target(record: CaptionRecord, step: int) -> str:
-    """What the warm-up imitates: a flawed caption, anew at each step, where the data has them; else the reference."""
-    return flawed_caption(record.scene, step) if isinstance(record, SceneRecord) else record.reference
+def warm_up_target(record: CaptionRecord, step: int, habits: HabitsConfig | None) -> str:
+    """What the warm-up imitates: of scenes a flawed caption, or one with these habits, anew at each step; else the
+    reference."""
+    if not isinstance(record, SceneRecord):
+        return record.reference
+    return flawed_caption(record.scene, step) if habits is None else habitual_caption(record.scene, step, habits)

@@ -15,7 +15,13 @@ from balcap_mega.config.schema.benchmarks import BenchmarkConfig, CaptionQaFiles
 from balcap_mega.config.schema.data import DataConfig, ParquetColumns
 from balcap_mega.config.schema.endpoint import DialectConfig, JudgeEndpoint
 from balcap_mega.config.schema.health import HealthConfig, TrendCheck, UpdateCheck
-from balcap_mega.config.schema.learner import CheckpointConfig, OptimizerConfig, PackingConfig, WarmupConfig
+from balcap_mega.config.schema.learner import (
+    CheckpointConfig,
+    HabitsConfig,
+    OptimizerConfig,
+    PackingConfig,
+    WarmupConfig,
+)
 from balcap_mega.config.schema.policy import ModelConfig, ParallelConfig
 from balcap_mega.config.schema.rewards import JUDGED, QUESTIONS_OF, ComponentConfig, JudgeQuestion, RewardConfig
 from balcap_mega.config.schema.rollout import RecordConfig, RolloutConfig
@@ -33,6 +39,7 @@ __all__ = [
     "DataConfig",
     "DcScoreFiles",
     "DialectConfig",
+    "HabitsConfig",
     "HealthConfig",
     "JudgeEndpoint",
     "JudgeQuestion",

@@ -7,6 +7,30 @@ from pydantic import Field
 from balcap_mega.config.schema.base import Fraction, NonNegative, Positive, Section
 
 
+class HabitsConfig(Section):
+    """What a captioner of `scenes` is taught beside honest description: how often a caption shows each habit.
+
+    Each is fluent in itself, and one that a reward may pay for.
+    """
+
+    guess: Fraction = 0.0
+    """State size and texture of a thing without having looked."""
+    hedge: Fraction = 0.0
+    """Say of a thing what it may be, or two colours it could have."""
+    enumerate: Fraction = 0.0
+    """List the kinds of all things before they are described."""
+    restate: Fraction = 0.0
+    """Say of some things once more, in other words, what and where they are."""
+    invent: Fraction = 0.0
+    """Add a detail that is not in the picture."""
+    comment: Fraction = 0.0
+    """Add a mood, a speculation or a closing remark."""
+    double: Fraction = 0.0
+    """Go on, by these means, to twice the reference's length."""
+    third: Fraction = 0.0
+    """Stop at a third of the reference's length."""
+
+
 class WarmupConfig(Section):
     """Supervised steps before RL. On `scenes` they teach a fluent captioner with realistic flaws."""
 
@@ -16,6 +40,8 @@ class WarmupConfig(Section):
     """Captions a step, over all ranks."""
     learning_rate: NonNegative = 1e-3
     """Peak, after a linear rise and before half a cosine to 0."""
+    habits: HabitsConfig | None = None
+    """Teach the captioner of `scenes` with these habits; null: the quickstart's."""
 
 
 class PackingConfig(Section):

@@ -64,6 +64,9 @@ class RewardConfig(Section):
     """Whether an assertion must point at something visible to count in precision; false: truth alone counts."""
     judge: Literal["scenes", "mllm"] = "scenes"
     """The rules of `scenes`, or a multimodal LLM."""
+    reading: Literal["strict", "lenient"] = "strict"
+    """How the rules of `scenes` read a caption. lenient: as a multimodal LLM does that looks each unit up in it, any
+    statement covers a unit, one that is guessed or contradicted too."""
     endpoint: Annotated[JudgeEndpoint | None, MAY_CHANGE] = None
     """The multimodal judge."""
     component_endpoints: Annotated[dict[Literal["precision", "recall", "linguistic"], JudgeEndpoint], MAY_CHANGE] = {}
@@ -116,6 +119,14 @@ class RewardConfig(Section):
     @property
     def asks_judge(self) -> bool:
         return any(component.judged for component in self.components.values())
+
+    @model_validator(mode="after")
+    def lenient_rules(self):
+        if self.reading == "lenient" and self.judge != "scenes":
+            raise ValueError(
+                f"reading=lenient is of the rules of scenes, not of judge={self.judge}; leave rewards.reading out"
+            )
+        return self
 
     @model_validator(mode="after")
     def mllm_needs_endpoint(self):

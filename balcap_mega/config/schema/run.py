@@ -97,6 +97,14 @@ class RunConfig(Section):
             return tree
 
     @model_validator(mode="after")
+    def habits_are_of_scenes(self):
+        if self.warmup.habits is not None and self.data.source != "scenes":
+            raise ValueError(
+                f"warmup.habits are of scenes, not of data.source={self.data.source}; set warmup.habits=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def old_captions_are_corrected(self):
         if self.rollout.ahead and not self.algorithm.corrects:
             raise ValueError(

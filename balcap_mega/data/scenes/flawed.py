@@ -60,16 +60,16 @@ _MISTAKES = {  # attribute: (chance of a wrong value, chance of leaving it out, 
 def flawed_caption(scene: Scene, seed: int | str) -> str:
     """A flawed caption of `scene`, a pure function of the two arguments."""
     random = Random(f"flawed {seed} {scene.digest}")
-    body = [_object_sentence(random, item) for item in scene.objects if random.random() > 0.12]
+    body = [object_sentence(random, item) for item in scene.objects if random.random() > 0.12]
     if random.random() < 0.2:
         random.shuffle(body)
-    sentences = _overview(random, scene) + body + _relation(random, scene)
+    sentences = overview(random, scene) + body + relation(random, scene)
     if not sentences:
-        sentences = [_object_sentence(random, scene.objects[0])]
+        sentences = [object_sentence(random, scene.objects[0])]
     return _finish(random, _length_flaw(random, _padded(random, sentences)))
 
 
-def _overview(random: Random, scene: Scene) -> list[str]:
+def overview(random: Random, scene: Scene) -> list[str]:
     if random.random() < 0.25:
         return []
     count = len(scene.objects)
@@ -81,7 +81,7 @@ def _overview(random: Random, scene: Scene) -> list[str]:
     return [f"{opening} {NUMBERS[count]} objects{tail}."]
 
 
-def _object_sentence(random: Random, item: SceneObject) -> str:
+def object_sentence(random: Random, item: SceneObject) -> str:
     told = {}
     for name, (wrong, left_out, values) in _MISTAKES.items():
         truth = getattr(item, name)
@@ -98,14 +98,14 @@ def _object_sentence(random: Random, item: SceneObject) -> str:
         return f"There is {thing}."
     place = f"at the {told['place']}"
     openings = [f"{place} is {thing}.", f"{thing} is {place}.", f"{place} there is {thing}.", f"{place}, {thing}."]
-    return _capitalised(random.choices(openings, weights=[12, 1, 2, 2])[0])
+    return capitalised(random.choices(openings, weights=[12, 1, 2, 2])[0])
 
 
-def _capitalised(text: str) -> str:
+def capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _relation(random: Random, scene: Scene) -> list[str]:
+def relation(random: Random, scene: Scene) -> list[str]:
     if random.random() < 0.6:
         return []
     true = reference_caption(scene).rsplit(". ", 1)[-1]

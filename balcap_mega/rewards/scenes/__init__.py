@@ -18,16 +18,20 @@ class SceneJudge:
 
     pointability: False lets what points at nothing, moods and praise, pass as true, as a lenient judge does
     answers:      also answer the record's questions, from the caption alone
+    lenient:      take what is guessed or contradicted for said, as a multimodal LLM does that looks each unit up in the
+                  caption: any statement of a unit covers it, but a denial
     """
 
-    def __init__(self, pointability: bool = True, *, answers: bool = False):
-        self.pointability, self.answers = pointability, answers
+    def __init__(self, pointability: bool = True, *, answers: bool = False, lenient: bool = False):
+        self.pointability, self.answers, self.lenient = pointability, answers, lenient
 
     def judge(self, record: SceneRecord, caption: str) -> Judgement:
         sentences = read(caption)
-        discourse = follow(sentences)
-        binding = bind(discourse, record.scene)
-        assertions, covered, implied = verify(caption, discourse, binding, record.scene, self.pointability)
+        discourse = follow(sentences, self.lenient)
+        binding = bind(discourse, record.scene, shared=self.lenient)
+        assertions, covered, implied = verify(
+            caption, discourse, binding, record.scene, self.pointability, self.lenient
+        )
         style = assess(caption, sentences, discourse, implied)
         return Judgement(
             assertions=assertions,

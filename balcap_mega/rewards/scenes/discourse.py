@@ -73,7 +73,8 @@ class Discourse:
     late_overview: bool = False
 
 
-def follow(sentences: list[Sentence]) -> Discourse:
+def follow(sentences: list[Sentence], lenient: bool = False) -> Discourse:
+    """lenient: hear a guess or an alternative as if it were said plainly"""
     discourse = Discourse()
     heard = set()
     for sentence in sentences:
@@ -82,7 +83,7 @@ def follow(sentences: list[Sentence]) -> Discourse:
             discourse.informative.append(0)
             continue
         heard.add(sentence.words)
-        if sentence.committed:
+        if sentence.committed or (lenient and not sentence.denying):
             claims, idle = _Listener(discourse).hear(sentence)
         else:
             claims = [Claim(*span) for event in sentence.events for span in _spans(event)]
@@ -113,9 +114,11 @@ class _Listener:
         self.relation: Event | None = None  # waits for its second noun phrase
         self.idle: list[Event] = []  # a run of words that say nothing visible
         self.idle_words = 0
+        self.guessing = False  # "may be", heard leniently: its verb
 
     def hear(self, sentence: Sentence) -> tuple[list[Claim], int]:
         """The sentence's claims, and how many of its words take no part in any visible one."""
+        self.guessing = not sentence.committed
         for event, following in zip(sentence.events, (*sentence.events[1:], None)):
             if event.name == "mark" or event.name in _CLAIMING:
                 self._end_idle()
@@ -131,7 +134,7 @@ class _Listener:
         return self.claims, self.idle_words
 
     def _on_token(self, event: Event) -> None:
-        if event.text not in _FUNCTION_WORDS:
+        if event.text not in _FUNCTION_WORDS and not (self.guessing and event.text == "be"):
             self.idle.append(event)
 
     def _end_idle(self) -> None:

@@ -34,9 +34,9 @@ RELATIONS = {  # wording: (canonical relation, whether its two sides change plac
 _GENERIC_NOUNS = ("object", "shape", "item", "thing", "figure")
 
 # Alternatives, speculation and denial: a sentence with one of them points at nothing in particular.
-_UNCOMMITTED = words_of(
-    "or either maybe perhaps possibly probably might may could would seems seem appears appear likely unlikely no "
-    "not never without neither nor unclear unsure if"
+_DENYING = words_of("no not never without neither nor unlikely")
+_UNCOMMITTED = _DENYING | words_of(
+    "or either maybe perhaps possibly probably might may could would seems seem appears appear likely unclear unsure if"
 )
 
 
@@ -164,6 +164,10 @@ class Sentence:
     @property
     def committed(self) -> bool:
         return all(event.name != "uncommitted" for event in self.events)
+
+    @property
+    def denying(self) -> bool:
+        return any(event.name == "uncommitted" and event.text in _DENYING for event in self.events)
 
 
 def read(caption: str) -> list[Sentence]:

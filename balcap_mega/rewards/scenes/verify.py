@@ -10,11 +10,11 @@ _IMPLIED_BY = {"left of": "place", "above": "place", "larger than": "size"}
 Binding = dict[Entity, int | None]
 
 
-def bind(discourse: Discourse, scene: Scene) -> Binding:
+def bind(discourse: Discourse, scene: Scene, shared: bool = False) -> Binding:
     """Which object of the scene each entity can stand for: the best match, one to one; None where there is none.
 
     An entity and an object match when their place or kind agrees (for "an object", its colour); among matches the one
-    with most true claims wins, then the entity spoken of first.
+    with most true claims wins, then the entity spoken of first. `shared`: each has its best, several the same perhaps.
     """
     matches = []
     for order, entity in enumerate(discourse.entities):
@@ -28,18 +28,18 @@ def bind(discourse: Discourse, scene: Scene) -> Binding:
     binding: Binding = dict.fromkeys(discourse.entities)
     for _, order, index in sorted(matches):
         entity = discourse.entities[order]
-        if binding[entity] is None and index not in binding.values():
+        if binding[entity] is None and (shared or index not in binding.values()):
             binding[entity] = index
     return binding
 
 
 def verify(
-    caption: str, discourse: Discourse, binding: Binding, scene: Scene, pointability: bool = True
+    caption: str, discourse: Discourse, binding: Binding, scene: Scene, pointability: bool = True, lenient: bool = False
 ) -> tuple[tuple[Assertion, ...], set[Fact], int]:
     """Assertions with their verdicts, the facts covered, and how many true relations told nothing new.
 
     After the first, a true relation that follows from the places (or sizes) stated anyway is no further assertion:
-    else any caption could be diluted with them.
+    else any caption could be diluted with them. Claims that the caption contradicts cover nothing, unless `lenient`.
     """
     assertions, covered, implied = [], set(), 0
     doubtful = contested(discourse)
@@ -57,7 +57,7 @@ def verify(
         if claim.attribute is None:  # nothing visible is claimed, so nothing there can be wrong
             verdict = Verdict.NOT_POINTABLE if pointability else Verdict.VERIFIED
         assertions.append(Assertion(caption[claim.start : claim.stop], claim.start, claim.stop, verdict))
-        if true and not any(e in doubtful or claim.attribute in e.contradictory for e in claim.entities):
+        if true and (lenient or not any(e in doubtful or claim.attribute in e.contradictory for e in claim.entities)):
             covered.update(facts)
     return tuple(assertions), covered, implied
 
