@@ -129,7 +129,9 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
 def judge_model(arguments: argparse.Namespace, config: RunConfig) -> str:
     """What the judge's GPUs serve: the model that sees the pictures."""
     endpoints = config.rewards.endpoints()
-    return arguments.judge_model or (endpoints["verify"].model if endpoints else DEFAULT_JUDGE)
+    return arguments.judge_model or (
+        endpoints.get("verify", config.rewards.endpoint).model if endpoints else DEFAULT_JUDGE
+    )
 
 
 def judge_of(

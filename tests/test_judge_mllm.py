@@ -74,6 +74,15 @@ def test_a_caption_becomes_three_components(judge):
     assert judgement.components() == pytest.approx({"precision": 0.5, "recall": 2 / 3, "linguistic": 0.9})
 
 
+def test_without_pointability_an_assertion_counts_by_its_truth_alone(server):
+    config = RewardConfig(judge="mllm", endpoint=endpoint(server), pointability=False)
+    lenient = MllmJudge(config, backoff_seconds=0.01)
+    verdicts = [a.verdict for a in judged(lenient, f"{CAPTION} The mood is cosy.").assertions]
+    lenient.close()
+    # The photo's depth points at nothing and is true: it counts. The mood points at nothing and is not: it does not.
+    assert verdicts == [Verdict.VERIFIED, Verdict.WRONG, Verdict.VERIFIED, Verdict.VERIFIED, Verdict.WRONG]
+
+
 def test_requests_decode_greedily_under_a_schema_and_only_verification_sees_the_image(judge, server):
     judged(judge, CAPTION)
     assert sorted(name for name, _ in server.requests) == ["cover", "language", "split", "units", "verify"]

@@ -102,6 +102,11 @@ class ImageFileDataset:
     def corrupt(self) -> int:
         return len(self._corrupt)
 
+    @property
+    def unasked(self) -> int:
+        """Rows without questions."""
+        return sum(not row.questions for row in self.rows)
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -66,6 +66,18 @@ def refuse_too_few(config: RunConfig, records: int) -> None:
         )
 
 
+def refuse_unasked(config: RunConfig, dataset: CaptionDataset) -> None:
+    """Raise UserError where utility would be missing for more records than it may be, since they have no questions."""
+    unasked = getattr(dataset, "unasked", 0)
+    if "utility" in config.rewards.judged and unasked > config.rewards.max_missing_fraction * len(dataset):
+        raise UserError(
+            f"{unasked} of {len(dataset)} records of data.path={config.data.path} have no questions, without which the "
+            f"reward utility is missing; rewards.max_missing_fraction is {config.rewards.max_missing_fraction}",
+            remedy="make them with launch/prepare_data.py questions, and set data.source=jsonl and data.path to what "
+            "it writes; or leave utility out of rewards.components",
+        )
+
+
 def digest_of(values: Iterable[Any]) -> str:
     """Of plain values (texts, numbers, None, tuples of them), by what Python prints of them."""
     digest = hashlib.sha256()

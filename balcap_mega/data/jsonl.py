@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from balcap_mega.data.annotations import LeftOut, broken_text, loosely_parsed, read_text_file
 from balcap_mega.data.files import ImageRow
-from balcap_mega.data.questions import FORM, QuestionEntry, Text
+from balcap_mega.data.questions import FORM, QuestionEntry, Text, problem_of
 from balcap_mega.errors import UserError
 
 DEFAULT_PROMPT = "Describe this image in detail."
@@ -60,14 +60,13 @@ def _rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[ImageRow | LeftO
 
 
 def _refused(where: str, line: bytes, error: ValidationError) -> UserError:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, first["loc"])) or "the line"
-    if not key.startswith("questions"):
+    problem = problem_of(error).removeprefix(".")
+    if not problem.startswith("questions"):
         known = 'each line needs "image" and "reference" and may have "id", "prompt", "units" and "questions"'
-        return UserError(f"{where}: {key}: {first['msg']}", remedy=known)
+        return UserError(f"{where}: {problem if problem[0] != ':' else f'the line{problem}'}", remedy=known)
     row = json.loads(line)
     name = str(row.get("id") or row.get("image"))[:200]
-    return UserError(f"{where}: record {name!r}: {key}: {first['msg'].removeprefix('Value error, ')}", remedy=FORM)
+    return UserError(f"{where}: record {name!r}: {problem}", remedy=FORM)
 
 
 def _broken(line: bytes) -> str | None:

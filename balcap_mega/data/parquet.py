@@ -14,6 +14,7 @@ from balcap_mega.data.annotations import LeftOut
 from balcap_mega.data.files import MOST_BYTES, ImageRow
 from balcap_mega.data.headers import Unreadable
 from balcap_mega.data.jsonl import DEFAULT_PROMPT
+from balcap_mega.data.questions import FORM, ChoiceQuestion, as_questions
 from balcap_mega.data.sharegpt4v import IMAGE_TOKEN
 from balcap_mega.errors import UserError
 
@@ -121,7 +122,14 @@ class ParquetFiles:
             return LeftOut(where, f"has no list of texts in {columns.units}")
         prompt = prompt.replace(IMAGE_TOKEN, "").strip() or DEFAULT_PROMPT
         named = str(values[columns.id])[:200] if columns.id is not None else identity
-        return ImageRow(named, image, prompt, reference.strip(), None if units is None else tuple(units))
+        questions = self._questions(where, named, values.get(columns.questions))
+        return ImageRow(named, image, prompt, reference.strip(), None if units is None else tuple(units), questions)
+
+    def _questions(self, where: str, record: str, entries: Any) -> tuple[ChoiceQuestion, ...] | None:
+        try:
+            return None if entries is None else as_questions(entries)
+        except ValueError as error:
+            raise UserError(f"{where}: record {record!r}: {self._columns.questions}{error}", remedy=FORM) from None
 
 
 def _has_bytes(metadata: Any, column: str) -> bool:

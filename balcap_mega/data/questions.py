@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CANNOT_ANSWER = "Cannot answer from the caption"
@@ -69,3 +69,20 @@ class QuestionEntry(BaseModel):
     @classmethod
     def of(cls, question: ChoiceQuestion) -> "QuestionEntry":
         return cls(question=question.question, choices=list(question.choices), answer=question.answer)
+
+
+_ENTRIES = TypeAdapter(list[QuestionEntry])
+
+
+def as_questions(entries: Any) -> tuple[ChoiceQuestion, ...]:
+    """Raises ValueError, whose text says which is wrong and how: `.3.choices: …`."""
+    try:
+        return tuple(entry.as_question() for entry in _ENTRIES.validate_python(entries))
+    except ValidationError as error:
+        raise ValueError(problem_of(error)) from None
+
+
+def problem_of(error: ValidationError) -> str:
+    """`.3.choices: …`, of the first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    return "".join(f".{part}" for part in first["loc"]) + f": {first['msg'].removeprefix('Value error, ')}"

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from balcap_mega.config.preflight import check_batch, check_device, check_model, check_output
 from balcap_mega.config.preflight import check_data as check_data_files
 from balcap_mega.config.schema import JudgeEndpoint, RewardConfig, RunConfig
-from balcap_mega.data.inputs import RunInputs, missing_on_one, refuse_too_few
+from balcap_mega.data.inputs import RunInputs, missing_on_one, refuse_too_few, refuse_unasked
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import build_datasets
 from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
@@ -22,7 +22,7 @@ from balcap_mega.models.huggingface.hub import with_fetched_model
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.host import node_name
-from balcap_mega.rewards.mllm.judge import QUESTIONS, MllmJudge
+from balcap_mega.rewards.mllm.judge import MllmJudge
 from balcap_mega.rewards.mllm.measure import measure
 
 RECORDS = 8  # decoded for a look
@@ -66,6 +66,8 @@ def check_data(config: RunConfig, records: list[CaptionRecord], read: list[NodeI
     check_data_files(config.data)
     train, held_out = build_datasets(config.data, config.seed)
     refuse_too_few(config, len(train))
+    for dataset in (train, held_out):
+        refuse_unasked(config, dataset)
     checkpoint = checkpoint_digest(config.model.path) if config.model.path else None
     absent = getattr(train, "absent", ())[:MOST_ABSENT]
     read.append(NodeInputs(node_name(), RunInputs.of(train, held_out, checkpoint), absent))
@@ -121,7 +123,7 @@ def check_judge(config: RunConfig, records: list[CaptionRecord]) -> Finding:
     try:
         start = time.monotonic()
         judge.check()
-        latency = (time.monotonic() - start) / len(QUESTIONS)
+        latency = (time.monotonic() - start) / len(config.rewards.questions)
         if not records:
             return warn(f"{config.rewards.endpoint.model} answers in {latency:.2f} s; no image to judge", "see data")
         rate = measure(judge, records, JUDGED_EACH, timeout_seconds=4 * JUDGE_SECONDS)

@@ -43,7 +43,8 @@ def build_judge(config: RewardConfig, sharers: int = 1) -> Judge:
     if config.judge == "scenes":
         from balcap_mega.rewards.scenes import SceneJudge
 
-        return SceneJudge(config.pointability, lenient=config.reading == "lenient")
+        answers = "utility" in config.judged
+        return SceneJudge(config.pointability, answers=answers, lenient=config.reading == "lenient")
     from balcap_mega.rewards.mllm.judge import MllmJudge
 
     judge = MllmJudge(config, sharers=sharers)

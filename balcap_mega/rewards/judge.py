@@ -73,6 +73,11 @@ class Judgement:
         """
         return max(0.0, mean(self.answers)) if self.answers else None
 
+    def part(self, component: str) -> object | None:
+        """What that component is computed from; None where it was not judged."""
+        parts = {"precision": self.assertions, "recall": self.covered, "linguistic": self.linguistic}
+        return {**parts, "utility": self.answers}[component]
+
     def components(self) -> dict[str, float | None]:
         """The three of b-CapScore."""
         return {name: getattr(self, name) for name in COMPONENTS}

@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from balcap_mega.config.schema import RunConfig
-from balcap_mega.data.inputs import RunInputs, missing_on_one, refuse_too_few
+from balcap_mega.data.inputs import RunInputs, missing_on_one, refuse_too_few, refuse_unasked
 from balcap_mega.data.records import CaptionDataset
 from balcap_mega.errors import UserError
 from balcap_mega.models.huggingface.fingerprint import checkpoint_digest
@@ -30,6 +30,8 @@ def agreed_inputs(config: RunConfig, folder: RunFolder, train: CaptionDataset, h
     inputs = RunInputs.of(train, held_out, checkpoint_digest(config.model.path) if reads_checkpoint else None)
     refuse_unlike_ranks(inputs, getattr(train, "absent", ()))
     refuse_too_few(config, len(train))  # now all ranks have as many
+    for dataset in (train, held_out):
+        refuse_unasked(config, dataset)
     inputs = from_first_rank(inputs)
     began_with = from_first_rank(read_inputs(folder))
     if began_with is not None:

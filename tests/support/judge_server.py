@@ -32,6 +32,7 @@ NAMES = {
     frozenset({"statements"}): "verify",
     frozenset({"facts", "caption"}): "cover",
     frozenset({"reference"}): "units",
+    frozenset({"caption", "question", "options"}): "answer",
 }
 
 
@@ -50,7 +51,7 @@ class Fault:
 
 
 class RuleJudge:
-    """Answers the five questions of the judge. A statement is correct when it is one of `truths`, whatever its case."""
+    """Answers the judge's questions. A statement is correct when it is one of `truths`, whatever its case."""
 
     def __init__(self, truths: tuple[str, ...] = ()):
         self.truths = {_plain(truth) for truth in truths}
@@ -77,6 +78,12 @@ class RuleJudge:
     def cover(self, data):
         said = {_plain(sentence) for sentence in _sentences(data["caption"])}
         return numbered({number: "Y" if _plain(fact) in said else "N" for number, fact in data["facts"].items()})
+
+    def answer(self, data):
+        """The first option that the caption names, else the one that says that it cannot be answered."""
+        options, caption = data["options"], data["caption"].casefold()
+        named = [letter for letter, option in options.items() if option.casefold() in caption]
+        return {"answer": (named + [x for x, option in options.items() if option.startswith("Cannot answer")])[0]}
 
     def plain(self, body):
         return benchmark_judge.answer(body, self.truths)

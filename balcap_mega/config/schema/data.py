@@ -20,6 +20,8 @@ class ParquetColumns(Section):
     """What a record is called; null: its file and row."""
     units: str | None = None
     """A list of the facts in the reference, where they are known."""
+    questions: str | None = None
+    """A list of structs of `question`, `choices` and `answer`, for the reward utility."""
 
 
 class DataConfig(Section):

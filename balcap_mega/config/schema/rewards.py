@@ -8,9 +8,14 @@ from pydantic import field_validator, model_validator
 from balcap_mega.config.schema.base import MAY_CHANGE, Fraction, Positive, Section
 from balcap_mega.config.schema.endpoint import JudgeEndpoint
 
-JUDGED = ("precision", "recall", "linguistic")  # the components that the judge gives; b-CapScore is of these three
-JudgeQuestion = Literal["split", "verify", "units", "cover", "language"]
-QUESTIONS_OF = {"precision": ("split", "verify"), "recall": ("units", "cover"), "linguistic": ("language",)}
+JUDGED = ("precision", "recall", "linguistic")  # BalCapRL's components; b-CapScore is of these three
+JudgeQuestion = Literal["split", "verify", "units", "cover", "language", "answer"]
+QUESTIONS_OF = {  # what a judge gives, and what it is asked for that
+    "precision": ("split", "verify"),
+    "recall": ("units", "cover"),
+    "linguistic": ("language",),
+    "utility": ("answer",),
+}
 
 
 class ComponentConfig(Section):
@@ -19,7 +24,7 @@ class ComponentConfig(Section):
     """
 
     source: str
-    """precision, recall or linguistic, as the judge gives them; or `package.module:Class`."""
+    """precision, recall, linguistic or utility, as the judge gives them; or `package.module:Class`."""
     options: dict[str, Any] = {}
     """Of the class: the keyword arguments of its constructor."""
     path: Annotated[str | None, MAY_CHANGE] = None
@@ -37,14 +42,14 @@ class ComponentConfig(Section):
     @property
     def judged(self) -> bool:
         """Whether the configured judge gives it."""
-        return self.source in JUDGED
+        return self.source in QUESTIONS_OF
 
     @model_validator(mode="after")
     def a_known_source(self):
         if not self.judged and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.source):
             raise ValueError(
-                f"source={self.source} is nothing that a judge gives; name one of {', '.join(JUDGED)}, or a class of "
-                "your own as package.module:Class"
+                f"source={self.source} is nothing that a judge gives; name one of {', '.join(QUESTIONS_OF)}, or a "
+                "class of your own as package.module:Class"
             )
         if self.judged and (self.options or self.path):
             raise ValueError(f"source={self.source} comes from the judge; leave out options and path")
@@ -69,7 +74,9 @@ class RewardConfig(Section):
     statement covers a unit, one that is guessed or contradicted too."""
     endpoint: Annotated[JudgeEndpoint | None, MAY_CHANGE] = None
     """The multimodal judge."""
-    component_endpoints: Annotated[dict[Literal["precision", "recall", "linguistic"], JudgeEndpoint], MAY_CHANGE] = {}
+    component_endpoints: Annotated[
+        dict[Literal["precision", "recall", "linguistic", "utility"], JudgeEndpoint], MAY_CHANGE
+    ] = {}
     """Another endpoint for some rewards, by reward."""
     question_endpoints: Annotated[dict[JudgeQuestion, JudgeEndpoint], MAY_CHANGE] = {}
     """Another endpoint for some questions, by question."""
@@ -79,13 +86,13 @@ class RewardConfig(Section):
     """Stop a step before its update when a larger share of rewards is missing."""
 
     def endpoints(self) -> dict[str, JudgeEndpoint]:
-        """Whom each question goes to, by the question's name; empty where no LLM judges."""
+        """Whom each question that is asked goes to, by the question's name; empty where no LLM judges."""
         if self.endpoint is None:
             return {}
         return {
             question: self.question_endpoints.get(question, self.component_endpoints.get(component, self.endpoint))
-            for component, questions in QUESTIONS_OF.items()
-            for question in questions
+            for component in self.judged
+            for question in QUESTIONS_OF[component]
         }
 
     def endpoint_key(self, question: str) -> str:
@@ -117,8 +124,19 @@ class RewardConfig(Section):
         return components
 
     @property
+    def judged(self) -> tuple[str, ...]:
+        """What the judge is asked for, of precision, recall, linguistic and utility."""
+        named = {component.source for component in self.components.values()}
+        return tuple(source for source in QUESTIONS_OF if source in named)
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """Those that a multimodal judge is asked for it."""
+        return tuple(question for source in self.judged for question in QUESTIONS_OF[source])
+
+    @property
     def asks_judge(self) -> bool:
-        return any(component.judged for component in self.components.values())
+        return bool(self.judged)
 
     @model_validator(mode="after")
     def lenient_rules(self):

@@ -1,8 +1,11 @@
 """A multimodal LLM as the judge of real images, behind any OpenAI-compatible endpoint.
 
 caption ─► split into assertions ─► verify each in the image ─► precision
-        ─► match the reference's units ────────────────────────► recall        all three at the same time
+        ─► match the reference's units ────────────────────────► recall        all at the same time
         ─► grade the language ─────────────────────────────────► linguistic
+        ─► answer the record's questions from it alone ────────► utility
+
+Only what the components of a run name is asked.
 """
 
 import asyncio
@@ -14,9 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from PIL import Image
-
-from balcap_mega.config.schema import QUESTIONS_OF, JudgeQuestion, RewardConfig
+from balcap_mega.config.schema import JudgeQuestion, RewardConfig
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
 from balcap_mega.rewards.judge import Assertion, Judgement, Verdict
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 
 # Groups whose encoded image and reference units are kept at hand: more than are judged at once.
 GROUPS_AT_HAND = 256
-QUESTIONS = tuple(question for asked in QUESTIONS_OF.values() for question in asked)
 
 
 @dataclass
@@ -86,21 +86,14 @@ class MllmJudge:
         """The reference's units; the future raises RequestFailed when the endpoint gives none."""
         return self._loop.submit(self._reference_units(reference))
 
-    def check(self, asked: Collection[JudgeQuestion] = QUESTIONS) -> None:
+    def check(self, asked: Collection[JudgeQuestion] | None = None) -> None:
         """Ask one small question of each kind that will be `asked`, of the endpoint it will go to, a picture included.
 
+        None: all that the components need.
         Raises UserError with the server's own words if one is not answered as the judge needs it.
         """
-        caption = "A cat sits on a red sofa."
-        picture = questions.image_data_url(Image.new("RGB", (112, 112), "red"))
-        for probe in (
-            questions.language(caption),
-            questions.units(caption),
-            questions.cover((caption,), caption),
-            questions.split(caption),
-            questions.verify(("cat on sofa", "sofa red"), picture),
-        ):
-            if probe.name not in asked:
+        for probe in questions.samples():
+            if probe.name not in (self.config.questions if asked is None else asked):
                 continue
             client = self._client[probe.name]
             try:
@@ -134,12 +127,17 @@ class MllmJudge:
     async def _judge(self, record: CaptionRecord, caption: str, quotes: bool) -> Judgement:
         self._captions += 1
         number = self._captions
-        assertions, covered, grades = await asyncio.gather(
-            self._or_missing("precision", record, self._assertions(record, caption, quotes, number)),
-            self._or_missing("recall", record, self._covered(record, caption, number)),
-            self._or_missing("linguistic", record, self._grades(record, caption, number)),
-        )
-        return Judgement(assertions, covered, *(grades or (None, None, None)))
+        work = {
+            "precision": lambda: self._assertions(record, caption, quotes, number),
+            "recall": lambda: self._covered(record, caption, number),
+            "linguistic": lambda: self._grades(record, caption, number),
+            "utility": lambda: self._answers(record, caption, number),
+        }
+        asked = self.config.judged
+        replies = await asyncio.gather(*(self._or_missing(name, record, work[name]()) for name in asked))
+        found = dict(zip(asked, replies, strict=True))
+        grades = found.get("linguistic") or (None, None, None)
+        return Judgement(found.get("precision"), found.get("recall"), *grades, answers=found.get("utility"))
 
     async def _or_missing(self, component: str, record: CaptionRecord, work: Coroutine[Any, Any, T]) -> T | None:
         try:
@@ -212,6 +210,16 @@ class MllmJudge:
             return 0.0, 0.0, 0.0
         grades = await self._ask(questions.language(caption), record, number)
         return tuple(grade / questions.HIGHEST_GRADE for grade in (grades.clarity, grades.fluency, grades.coherency))
+
+    async def _answers(self, record: CaptionRecord, caption: str, number: int) -> tuple[float, ...]:
+        """What each of the record's questions earns; all of them or, where one gets no usable reply, none."""
+        asked = record.questions or ()
+        if not caption.strip():
+            return (0.0,) * len(asked)
+        chosen = await asyncio.gather(
+            *(self._ask(questions.answer(caption, question, record.id), record, number) for question in asked)
+        )
+        return tuple(question.credit(choice) for question, choice in zip(asked, chosen, strict=True))
 
 
 def _verdict(found: questions.Found, pointability: bool) -> Verdict:

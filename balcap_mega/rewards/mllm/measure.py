@@ -42,12 +42,13 @@ def measure(judge: MllmJudge, records: Sequence[CaptionRecord], group: int, time
     futures = [judge.submit(record, turned(record.reference, turn)) for record in records for turn in range(group)]
     judgements = [future.result(timeout=timeout_seconds) for future in futures]
     seconds, after = time.monotonic() - start, judge.report()
-    endpoint, count = judge.config.endpoints()["verify"], max(len(futures), 1)
+    endpoint = judge.config.endpoints().get("verify", judge.config.endpoint)
+    count = max(len(futures), 1)
     return JudgeRate(
         model=endpoint.model,
         addresses=len(endpoint.addresses),
         captions=len(futures),
-        complete=sum(None not in (each.assertions, each.covered, each.clarity) for each in judgements),
+        complete=sum(None not in map(each.part, judge.config.judged) for each in judgements),
         captions_per_second=len(futures) / max(seconds, 1e-9),
         written=(after.completion_tokens - before.completion_tokens) / count,
         read=(after.prompt_tokens - before.prompt_tokens) / count,

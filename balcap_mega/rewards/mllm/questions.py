@@ -1,4 +1,4 @@
-"""What the judge is asked: five questions, each with its prompt, its data and the JSON schema its reply must fit.
+"""What the judge is asked: six questions, each with its prompt, its data and the JSON schema its reply must fit.
 
 A reply holds a verdict for each numbered item and says which, in a few tokens: "1R2W3V" for three statements. One that
 leaves a number out, repeats it or adds one is not used. What requests have in common comes first in them, for the
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
 from balcap_mega.config.schema import JudgeQuestion
-from balcap_mega.data.questions import Text
+from balcap_mega.data.questions import CANNOT_ANSWER, LETTERS, ChoiceQuestion, Text
 from balcap_mega.rewards.mllm.failures import Unusable
 from balcap_mega.rewards.mllm.replies import WHOLE, Choice, Completion, usable_json
 
@@ -84,6 +84,10 @@ class Grades(ReplyModel):
 
 class Verdicts(ReplyModel):
     verdicts: str
+
+
+class Chosen(ReplyModel):
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,28 @@ def language(caption: str) -> Question[Grades]:
     return Question("language", body, lambda choice: usable_json(choice, Grades))
 
 
+def answer(caption: str, asked: ChoiceQuestion, record: str) -> Question[str | None]:
+    """Which of its choices the caption leads to; None for "cannot answer". record: the id, which orders the options"""
+    options = dict(zip(LETTERS, asked.options(record)))
+    data = {"caption": caption, "question": asked.question, "options": options}
+    body = _body("answer", prompt("answer"), data, _choice_schema(len(options)), BESIDE_VERDICTS + A_VERDICT)
+    return Question("answer", body, lambda choice: _chosen(choice, options))
+
+
+def samples() -> tuple[Question, ...]:
+    """A small one of each kind, about a picture made for it: what an endpoint is tried with."""
+    caption = "A cat sits on a red sofa."
+    picture = image_data_url(Image.new("RGB", (112, 112), "red"))
+    return (
+        language(caption),
+        units(caption),
+        cover((caption,), caption),
+        split(caption),
+        verify(("cat on sofa", "sofa red"), picture),
+        answer(caption, ChoiceQuestion("What colour is the sofa?", ("red", "blue"), "red"), ""),
+    )
+
+
 def _claims(choice: Choice, form: type[Split] | type[QuotedSplit], caption: str) -> Claims:
     try:
         found = usable_json(choice, form).assertions
@@ -186,6 +212,13 @@ def _verdicts(choice: Choice, count: int, letters: Mapping[str, T]) -> list[T]:
     if not numbered or ENTRY.sub("", reply).strip(BETWEEN) or not {letter for _, letter in found} <= letters.keys():
         raise Unusable("off_schema")
     return [letters[letter] for _, letter in found]
+
+
+def _chosen(choice: Choice, options: Mapping[str, str]) -> str | None:
+    letter = usable_json(choice, Chosen).answer.strip(" .)\n").upper()
+    if letter not in options:
+        raise Unusable("off_schema")
+    return None if options[letter] == CANNOT_ANSWER else options[letter]
 
 
 def as_data(value: dict) -> str:
@@ -238,6 +271,13 @@ def _verdict_schema(count: int, letters: str) -> dict[str, Any]:
     pattern = "".join(f"{number}[{letters}]" for number in range(1, count + 1))
     verdicts = schema["properties"]["verdicts"] | {"pattern": f"^{pattern}$"}
     return schema | {"properties": {"verdicts": verdicts}}
+
+
+@cache
+def _choice_schema(count: int) -> dict[str, Any]:
+    schema = Chosen.model_json_schema()
+    letter = schema["properties"]["answer"] | {"enum": list(LETTERS[:count])}
+    return schema | {"properties": {"answer": letter}}
 
 
 def _numbered(texts: Sequence[str]) -> dict[str, str]:
