@@ -29,13 +29,13 @@ def initial_checkpoint(config: RunConfig, folder: RunFolder, dataset: CaptionDat
     if config.model.path is not None:
         return Path(config.model.path)
     if torch.distributed.get_rank() == 0 and not folder.initial.exists():
-        partial = folder.initial.with_name("initial.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        unfinished = folder.initial.with_name("initial.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
         records = [dataset[index] for index in range(min(TOKENIZER_TEXTS, len(dataset)))]
         target = partial(warm_up_target, habits=config.warmup.habits)
         texts = [text for record in records for text in (record.prompt, record.reference, target(record, 0))]
-        write_tiny_checkpoint(partial, config.model.tiny, texts, seed=config.seed)
-        partial.rename(folder.initial)
+        write_tiny_checkpoint(unfinished, config.model.tiny, texts, seed=config.seed)
+        unfinished.rename(folder.initial)
     torch.distributed.barrier()
     return folder.initial
 
