@@ -16,6 +16,7 @@ from balcap_mega.algorithm.advantages import component_weights, compute_advantag
 from balcap_mega.config.load import dump_config, load_config
 from balcap_mega.config.schema import ComponentConfig, RewardConfig, RunConfig
 from balcap_mega.data.scenes import ScenesDataset
+from balcap_mega.diagnostics.inputs import check_own_rewards
 from balcap_mega.errors import UserError
 from balcap_mega.rewards.asked import AskedReward
 from balcap_mega.rewards.collect import CaptionScore, build_reward_batch
@@ -116,6 +117,13 @@ def test_what_is_wrong_is_one_line_with_the_rewards_name(example, change, named)
         check_rewards(config.rewards)
         build_rewards(config.rewards).close()
     assert all(part in str(error.value) for part in named) and "\n" not in str(error.value)
+
+
+def test_the_doctor_asks_a_rewards_own_check(example):
+    fine = check_own_rewards(load_config(example))
+    assert (fine.name, fine.status, fine.detail) == ("rewards", "ok", "brevity can be asked")
+    finding = check_own_rewards(load_config(example, ["rewards.components.brevity.options={words: 0}"]))
+    assert finding.status == "FAIL" and "words=0 leaves nothing to say" in finding.detail
 
 
 def test_a_module_that_fails_to_import_is_named(example, tmp_path):

@@ -133,8 +133,10 @@ def check_run(config: RunConfig, platform: Platform, job: Job, read: list[inputs
     yield inputs.check_data(config, records, read)
     if config.model.path is not None and records:
         yield inputs.check_prompts(config, records)
-    if config.rewards.endpoint is not None:
+    if config.rewards.endpoint is not None and config.rewards.asks_judge:
         yield inputs.check_judge(config, records)
+    if not all(component.judged for component in config.rewards.components.values()):
+        yield inputs.check_own_rewards(config)
 
 
 def exchange(own: list[Finding], read: list[inputs.NodeInputs], job: Job) -> Iterator[Finding]:

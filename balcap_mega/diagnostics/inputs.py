@@ -22,6 +22,7 @@ from balcap_mega.models.huggingface.hub import with_fetched_model
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.host import node_name
+from balcap_mega.rewards.factory import build_own
 from balcap_mega.rewards.mllm.judge import MllmJudge
 from balcap_mega.rewards.mllm.measure import measure
 
@@ -138,6 +139,15 @@ def check_judge(config: RunConfig, records: list[CaptionRecord]) -> Finding:
         f"{rate.model} answers in {latency:.2f} s, and judges {rate.captions_per_second:.2f} captions a second of "
         f"this run's images, {rate.captions} at once"
     )
+
+
+@check("rewards")
+def check_own_rewards(config: RunConfig) -> Finding:
+    """The check that each reward of one's own makes before a run."""
+    own = build_own(config.rewards)
+    for reward in own.values():
+        reward.close()
+    return ok(f"{', '.join(own)} can be asked")
 
 
 def hurried_judge(rewards: RewardConfig) -> RewardConfig:

@@ -13,19 +13,29 @@ def build_rewards(config: RewardConfig, sharers: int = 1) -> Rewards:
 
     sharers: see `build_judge`
     """
-    own = {
-        name: AskedReward(name, load_reward(name, component), component)
-        for name, component in config.components.items()
-        if not component.judged
-    }
-    rewards = Rewards(config, build_judge(config, sharers) if config.asks_judge else None, own)
+    own = build_own(config)
     try:
-        for reward in own.values():
-            reward.check()
+        judge = build_judge(config, sharers) if config.asks_judge else None
     except BaseException:
-        rewards.close()
+        for reward in own.values():
+            reward.close()
         raise
-    return rewards
+    return Rewards(config, judge, own)
+
+
+def build_own(config: RewardConfig) -> dict[str, AskedReward]:
+    """The rewards of one's own by name, each asked for its own check. Close them when done. Raises UserError."""
+    own: dict[str, AskedReward] = {}
+    try:
+        for name, component in config.components.items():
+            if not component.judged:
+                own[name] = AskedReward(name, load_reward(name, component), component)
+                own[name].check()
+    except BaseException:
+        for reward in own.values():
+            reward.close()
+        raise
+    return own
 
 
 def check_rewards(config: RewardConfig) -> None:

@@ -85,6 +85,21 @@ class RuleJudge:
         named = [letter for letter, option in options.items() if option.casefold() in caption]
         return {"answer": (named + [x for x, option in options.items() if option.startswith("Cannot answer")])[0]}
 
+    def ask(self, data):
+        """Of three, one that the picture answers, one that common sense does, and one that nothing does."""
+        choices = {"colour": ["red", "green"], "sense": ["the sky", "the sea"], "secret": ["one", "two"]}
+        return {"questions": [{"question": q, "choices": c, "answer": c[0]} for q, c in choices.items()]}
+
+    def see(self, data):
+        return self._of(data, {"colour": "red", "sense": "the sky"})
+
+    def guess(self, data):
+        return self._of(data, {"sense": "the sky"})
+
+    def _of(self, data, known):
+        wanted = known.get(data["question"], "Cannot answer from the caption")
+        return {"answer": next(letter for letter, option in data["options"].items() if option == wanted)}
+
     def plain(self, body):
         return benchmark_judge.answer(body, self.truths)
 

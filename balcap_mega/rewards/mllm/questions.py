@@ -130,7 +130,7 @@ def split(caption: str, *, quotes: bool = False) -> Question[Claims]:
     """What the caption asserts. Quotes double the reply: they are for a reader who is shown where each claim stands."""
     form, name = (QuotedSplit, "split_quotes") if quotes else (Split, "split")
     instructions = f"{prompt('split')}\n\n{prompt('split_quotes')}" if quotes else prompt("split")
-    body = _body(name, instructions, {"caption": caption}, form.model_json_schema(), LONGEST_LIST)
+    body = body_of(name, instructions, {"caption": caption}, form.model_json_schema(), LONGEST_LIST)
     return Question("split", body, lambda choice: _claims(choice, form, caption))
 
 
@@ -141,7 +141,7 @@ def verify(statements: Sequence[str], image_url: str) -> Question[list[Found]]:
 
 def units(reference: str) -> Question[tuple[str, ...]]:
     data = {"reference": reference}
-    body = _body("units", prompt("units"), data, Units.model_json_schema(), LONGEST_LIST)
+    body = body_of("units", prompt("units"), data, Units.model_json_schema(), LONGEST_LIST)
     return Question("units", body, lambda choice: tuple(usable_json(choice, Units).units))
 
 
@@ -152,7 +152,7 @@ def cover(facts: Sequence[str], caption: str) -> Question[list[bool]]:
 
 
 def language(caption: str) -> Question[Grades]:
-    body = _body("language", prompt("language"), {"caption": caption}, Grades.model_json_schema(), 128)
+    body = body_of("language", prompt("language"), {"caption": caption}, Grades.model_json_schema(), 128)
     return Question("language", body, lambda choice: usable_json(choice, Grades))
 
 
@@ -160,8 +160,8 @@ def answer(caption: str, asked: ChoiceQuestion, record: str) -> Question[str | N
     """Which of its choices the caption leads to; None for "cannot answer". record: the id, which orders the options"""
     options = dict(zip(LETTERS, asked.options(record)))
     data = {"caption": caption, "question": asked.question, "options": options}
-    body = _body("answer", prompt("answer"), data, _choice_schema(len(options)), BESIDE_VERDICTS + A_VERDICT)
-    return Question("answer", body, lambda choice: _chosen(choice, options))
+    body = body_of("answer", prompt("answer"), data, choice_schema(len(options)), BESIDE_VERDICTS + A_VERDICT)
+    return Question("answer", body, lambda choice: chosen(choice, options))
 
 
 def samples() -> tuple[Question, ...]:
@@ -214,7 +214,7 @@ def _verdicts(choice: Choice, count: int, letters: Mapping[str, T]) -> list[T]:
     return [letters[letter] for _, letter in found]
 
 
-def _chosen(choice: Choice, options: Mapping[str, str]) -> str | None:
+def chosen(choice: Choice, options: Mapping[str, str]) -> str | None:
     letter = usable_json(choice, Chosen).answer.strip(" .)\n").upper()
     if letter not in options:
         raise Unusable("off_schema")
@@ -242,7 +242,7 @@ def prompt(name: str) -> str:
     return files("balcap_mega.rewards.mllm").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8").strip()
 
 
-def _body(
+def body_of(
     name: str, instructions: str, data: dict, schema: dict[str, Any], max_tokens: int, image_url: str | None = None
 ) -> dict[str, Any]:
     content: Any = as_data(data)
@@ -261,7 +261,7 @@ def _verdict_body(
     name: str, data: dict, count: int, letters: Iterable[str], image_url: str | None = None
 ) -> dict[str, Any]:
     schema = _verdict_schema(count, "".join(letters))
-    return _body(name, prompt(name), data, schema, BESIDE_VERDICTS + A_VERDICT * count, image_url)
+    return body_of(name, prompt(name), data, schema, BESIDE_VERDICTS + A_VERDICT * count, image_url)
 
 
 @cache
@@ -274,7 +274,7 @@ def _verdict_schema(count: int, letters: str) -> dict[str, Any]:
 
 
 @cache
-def _choice_schema(count: int) -> dict[str, Any]:
+def choice_schema(count: int) -> dict[str, Any]:
     schema = Chosen.model_json_schema()
     letter = schema["properties"]["answer"] | {"enum": list(LETTERS[:count])}
     return schema | {"properties": {"answer": letter}}
