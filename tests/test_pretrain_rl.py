@@ -1,5 +1,6 @@
 """The whole program as a user starts it: torchrun, the smoke configuration, two ranks, real parts."""
 
+import gzip
 import json
 import os
 import shutil
@@ -46,7 +47,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def finished(tmp_path_factory) -> Path:
     """A finished smoke run's folder."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    done = train(output)
+    done = train(output, "profile.steps=[2]")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return output
 
@@ -62,6 +63,15 @@ def test_leaves_everything_behind(finished):
     report = (finished / "report.html").read_text()
     assert "<img" in report
     assert "http-equiv" not in report and 'src="http' not in report
+
+
+def test_a_profiled_step_leaves_a_trace_of_each_rank(finished):
+    """That it computes the same is in `test_interrupted_run_continues_to_the_same_weights`, which profiles nothing."""
+    traces = sorted((finished / "profile").iterdir())
+    assert [trace.name for trace in traces] == [f"step_000002_rank_{rank:04d}.json.gz" for rank in (0, 1)]
+    for trace in traces:
+        names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+        assert {"phase rollout", "phase rewards", "phase update", "phase refit", "aten::mm"} <= names
 
 
 def test_trainer_and_engine_agree(finished):

@@ -60,6 +60,11 @@ class RunFolder:
         return self.root / "rollouts"
 
     @property
+    def profile(self) -> Path:
+        """Traces of `profile.steps`, a rank each (see `observe.profile`)."""
+        return self.root / "profile"
+
+    @property
     def before(self) -> Path:
         """Held-out captions before reinforcement learning."""
         return self.root / "held_out_before.json"

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from balcap_mega.training.inputs import agreed_inputs, write_inputs
 from balcap_mega.training.learner import UpdateResult
 from balcap_mega.training.observe.console import Console
 from balcap_mega.training.observe.metrics import MetricsLogger, PhaseTimer, read_metrics
+from balcap_mega.training.observe.profile import profiled
 from balcap_mega.training.observe.report import SAMPLES, write_report
 from balcap_mega.training.prompt_fit import fitting
 from balcap_mega.training.record.page import write_changes
@@ -155,7 +156,8 @@ def improve(
     trainer.recorder.go_on(first_step)
     with closing_record(trainer), MetricsLogger(folder.root, first_step, enabled=leads) as log:
         for step in range(first_step, config.steps):
-            metrics = trainer.step(step)
+            with profiling(trainer, folder, step + 1):
+                metrics = trainer.step(step)
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 metrics |= evaluation_between(trainer, step + 1, eval_set, folder, console)
             benchmarks.caption(trainer.engine, trainer.replica, step + 1)
@@ -172,6 +174,13 @@ def improve(
                 trainer.save(step + 1)
         trainer.checkpoints.finish()
         benchmarks.finish(log.late)
+
+
+def profiling(trainer: Trainer, folder: RunFolder, step: int) -> AbstractContextManager[None]:
+    """Around a step: it is profiled where `profile.steps` names it, counted from 1."""
+    if step not in trainer.config.profile.steps:
+        return nullcontext()
+    return profiled(folder.profile, step, torch.distributed.get_rank(), trainer.learner.platform.device)
 
 
 @contextmanager

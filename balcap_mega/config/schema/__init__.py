@@ -24,7 +24,7 @@ from balcap_mega.config.schema.learner import (
 )
 from balcap_mega.config.schema.policy import ModelConfig, ParallelConfig
 from balcap_mega.config.schema.rewards import JUDGED, QUESTIONS_OF, ComponentConfig, JudgeQuestion, RewardConfig
-from balcap_mega.config.schema.rollout import RecordConfig, RolloutConfig
+from balcap_mega.config.schema.rollout import ProfileConfig, RecordConfig, RolloutConfig
 from balcap_mega.config.schema.run import RunConfig
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "PackingConfig",
     "ParallelConfig",
     "ParquetColumns",
+    "ProfileConfig",
     "RecordConfig",
     "RewardConfig",
     "RolloutConfig",

@@ -1,4 +1,4 @@
-"""Sampling, and what is kept of a step's captions."""
+"""Sampling, what is kept of a step's captions, and which steps are profiled."""
 
 from typing import Annotated, Literal
 
@@ -46,3 +46,11 @@ class RecordConfig(Section):
     """Captions of each image: all, the best and the worst one, or nothing. launch/replay.py needs all."""
     max_gib: Annotated[float, Field(gt=0)] = 10.0
     """Disk space for them; the oldest steps make room for new ones."""
+
+
+class ProfileConfig(Section):
+    """PyTorch's profiler."""
+
+    steps: tuple[Positive, ...] = ()
+    """Steps to profile, from 1, such as [5,6]: each rank leaves a trace of them, on a GPU a memory snapshot too, in
+    output_dir/profile."""

@@ -12,7 +12,7 @@ from balcap_mega.config.schema.health import HealthConfig
 from balcap_mega.config.schema.learner import CheckpointConfig, OptimizerConfig, PackingConfig, WarmupConfig
 from balcap_mega.config.schema.policy import ModelConfig, ParallelConfig
 from balcap_mega.config.schema.rewards import RewardConfig
-from balcap_mega.config.schema.rollout import RecordConfig, RolloutConfig
+from balcap_mega.config.schema.rollout import ProfileConfig, RecordConfig, RolloutConfig
 
 
 class RunConfig(Section):
@@ -50,6 +50,8 @@ class RunConfig(Section):
     """What a run resumes from."""
     rollouts: Annotated[RecordConfig, MAY_CHANGE] = RecordConfig()
     """The steps' captions on record."""
+    profile: Annotated[ProfileConfig, MAY_CHANGE] = ProfileConfig()
+    """Which steps are profiled."""
     health: Annotated[HealthConfig, MAY_CHANGE] = HealthConfig()
     """What stops a run that has gone wrong."""
     benchmarks: Annotated[BenchmarkConfig, MAY_CHANGE] = BenchmarkConfig()

@@ -56,7 +56,7 @@ class PhaseTimer:
             torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
         try:
-            with progress.phase(name, self.step):
+            with progress.phase(name, self.step), torch.profiler.record_function(f"phase {name}"):
                 yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
