@@ -59,6 +59,7 @@ setup(
             "pytest-timeout==2.4.0",
             "pytest-xdist==3.8.0",
             "ruff==0.17.6",
+            "vulture==2.16",
             "scikit-image==0.26.0",
             "trl==1.16.0",
             "uv==0.13.9",  # resolves launch/cuda.lock, see launch/lock.sh

@@ -42,7 +42,7 @@ BEFORE = Path(__file__).parent / "results" / "judge_before.json"
 FIRST_FINISHED = 0.3  # of the generation's duration
 GENERATION_SECONDS = 8.0
 ENDPOINT_RECORDS = 16
-VISION, TEXT = ("verify",), ("split", "units", "cover", "language")
+TEXT = ("split", "units", "cover", "language")
 LAYOUTS = {  # addresses that see pictures, and addresses for the text questions, if those are others
     "one address": (1, 0),
     "four addresses": (4, 0),

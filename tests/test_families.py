@@ -9,7 +9,8 @@ from balcap_mega.config.schema import ParallelConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.families import FAMILIES
-from balcap_mega.models.released import RELEASED, write_config
+from balcap_mega.models.released import RELEASED
+from tests.support.released import write_config
 
 ROOT = Path(__file__).parent.parent
 HOME = ROOT / "balcap_mega" / "models" / "families"

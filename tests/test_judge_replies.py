@@ -7,7 +7,7 @@ import pytest
 
 from balcap_mega.rewards.mllm import questions
 from balcap_mega.rewards.mllm.failures import Unusable, explanation
-from balcap_mega.rewards.mllm.replies import Completion, usable_text, usable_texts
+from balcap_mega.rewards.mllm.replies import Completion, usable_text
 
 DATA = Path(__file__).parent / "data"
 REPLIES = json.loads((DATA / "judge_replies.json").read_text())
@@ -69,12 +69,6 @@ def test_a_cut_text_is_used_only_where_its_beginning_is_the_answer():
     for content in (None, "", "<think>A or B"):
         with pytest.raises(Unusable, match="truncated"):
             usable_text(completion(content, "length").choices[0], cut_is_fine=True)
-
-
-def test_fewer_choices_than_asked_for_are_not_enough():
-    with pytest.raises(Unusable, match="fewer_choices"):
-        usable_texts(completion("B"), 2)
-    assert usable_texts(completion("B"), 1) == ["B"]
 
 
 def test_a_long_hostile_reply_is_read_in_no_time():

@@ -13,7 +13,8 @@ from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.huggingface.mapping import megatron_blocks, vllm_blocks
 from balcap_mega.models.huggingface.table import Block
 from balcap_mega.models.huggingface.tensors import canonical_name, huggingface_shapes
-from balcap_mega.models.released import RELEASED, write_config
+from balcap_mega.models.released import RELEASED
+from tests.support.released import write_config
 
 
 @pytest.fixture(scope="module")

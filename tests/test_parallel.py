@@ -10,13 +10,13 @@ from balcap_mega.data.scenes.dataset import ScenesDataset
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.policy import build_policy
-from balcap_mega.models.released import write_config
 from balcap_mega.parallel.cpu_redirects import REPLACEMENTS, cpu_redirects
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from tests.support.distributed import launch
 from tests.support.policy_cases import load_reference, load_state, make_case
+from tests.support.released import write_config
 from tests.test_policy_parity import run_rows
 
 CPU = Platform(torch.device("cpu"), "gloo")

@@ -24,15 +24,6 @@ WORDS_A_COMPOUND = 6  # a text of English has fewer compounds than one in so man
 LONGEST_WORD = 24  # letters; what is longer is words written together,
 LETTERS_WRITTEN_TOGETHER = 6  # each of about so many letters
 
-_BLANKS = "\u200b\u2060\ufeff\u180e\u200e\u200f\u034f\u115f\u1160\u3164\uffa0\u2800" + "".join(
-    chr(code) for code in (*range(0x202A, 0x202F), *range(0x2061, 0x2070), *range(0xE0000, 0xE0080))
-)
-JOINERS = "\u200c\u200d"  # shape the letters of Persian and of Indian scripts; elsewhere they are such a blank
-LONGEST_COMPOUND = 3  # parts: "black-and-white"
-WORDS_A_JOIN = 8  # English has fewer compounds than one in so many words
-LONGEST_WORD = 24  # letters; what is longer is words written together,
-LETTERS_WRITTEN_TOGETHER = 6  # each of about so many letters
-
 _BLANKS = str.maketrans(dict.fromkeys(UNSEEN_BLANKS, " "))
 
 

@@ -91,13 +91,6 @@ def usable_text(choice: Choice, *, cut_is_fine: bool = False) -> str:
     return text
 
 
-def usable_texts(completion: Completion, count: int = 1, *, cut_is_fine: bool = False) -> list[str]:
-    """The texts of the `count` choices that were asked for. Raises Unusable where one is missing or not usable."""
-    if len(completion.choices) < count:
-        raise Unusable("fewer_choices")
-    return [usable_text(choice, cut_is_fine=cut_is_fine) for choice in completion.choices[:count]]
-
-
 def usable_json(choice: Choice, form: type[Reply]) -> Reply:
     """A choice's JSON, bare or fenced, as a `form`. Raises Unusable where it is not usable or of another form."""
     try:
