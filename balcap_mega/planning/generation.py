@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from balcap_mega.models.architecture import Architecture
-from balcap_mega.planning.flops import attention_forward, language_parameters, layer_weights, vision_forward
+from balcap_mega.models.flops import attention_forward, language_parameters, layer_weights, vision_forward
 from balcap_mega.planning.hardware import BF16, Cluster
 from balcap_mega.planning.workload import Workload
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from balcap_mega.parallel import peaks
+
 GIB = 2**30
 BF16, FP32 = 2, 4  # bytes
 
@@ -10,6 +12,7 @@ BF16, FP32 = 2, 4  # bytes
 class Gpu:
     """One GPU of a node. Rates are those of the device alone, before any `Efficiency`; a second, bytes, FLOPs.
 
+    peak:             what a model-FLOPs utilisation is a share of
     memory:           what PyTorch reports as the device's total
     matmul:           bf16 FLOP/s of one large GEMM
     fp8_matmul:       the same in FP8
@@ -19,6 +22,7 @@ class Gpu:
     """
 
     name: str
+    peak: peaks.Peak
     memory: float
     matmul: float
     fp8_matmul: float
@@ -31,6 +35,7 @@ class Gpu:
 
 H100 = Gpu(
     name="H100 SXM 80 GB",
+    peak=peaks.H100,
     memory=79.1 * GIB,
     matmul=798e12,  # measured; NVIDIA's data sheet says 989
     fp8_matmul=1596e12,  # twice that, as in the data sheet
@@ -40,8 +45,6 @@ H100 = Gpu(
     network=50e9,  # one 400 Gb/s InfiniBand adapter a GPU, as DGX H100 has
     host=55e9,  # PCIe 5.0 x16
 )
-MFU_PEAK = 989e12
-"""The bf16 FLOP/s that a model-FLOPs utilisation is a share of: NVIDIA's data sheet, as everybody reports it."""
 
 CUDNN_ATTENTION = 600e12
 """Forward FLOP/s of cuDNN's attention through Transformer Engine at sequences of 2k to 16k, head size 128."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.flops import attention_forward, language_parameters, vision_forward
 from balcap_mega.models.released import RELEASED
-from balcap_mega.planning.flops import attention_forward, language_parameters, vision_forward
 from balcap_mega.planning.generation import Generation, cache_bytes_per_token
 from balcap_mega.planning.hardware import BF16, Cluster
 from balcap_mega.planning.workload import Workload

@@ -11,12 +11,12 @@ from balcap_mega.config.preflight import check_batch, check_shape
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.flops import update_flops, vision_forward
 from balcap_mega.models.fp8 import check_fp8
 from balcap_mega.models.released import RELEASED
 from balcap_mega.planning.compute import Compute
-from balcap_mega.planning.flops import model_flops
 from balcap_mega.planning.generation import Generation
-from balcap_mega.planning.hardware import GIB, MFU_PEAK, Cluster
+from balcap_mega.planning.hardware import GIB, Cluster
 from balcap_mega.planning.layout import Layout
 from balcap_mega.planning.memory import Memory, Moment, engine_weight_bytes, predict_memory
 from balcap_mega.planning.parameters import ParameterCounts
@@ -37,8 +37,7 @@ class Plan:
     tokens_per_second_per_gpu:  prompt and response tokens, each response with its prompt, over the whole step
     judge_has:                  seconds in which the judge holds nobody up: those of the rollout, or with
                                 `rollout.ahead` all of the step that is not spent waiting for it
-    update_mfu:                 model FLOPs of the update (forward and backward, nothing recomputed, each prompt once)
-                                over the update phase and the GPU's dense bf16 peak
+    update_mfu:                 `update_flops` over the update phase and the GPU's dense peak in the format of its GEMMs
     """
 
     layout: Layout
@@ -126,7 +125,8 @@ class Planner:
         update = self._once(lambda: self._update(config, rows), config.parallel, config.model, config.packing)
         seconds = self._seconds(config, memory, rows, sum(update.values()))
         step, data_size = sum(seconds.values()), rows.data_size
-        flops = self.workload.updates * model_flops(self.architecture, rows.total) * data_size / rows.imbalance
+        flops = self._once(self._update_flops, "flops")
+        peak = self.cluster.gpu.peak.of("bfloat16" if config.model.fp8 == "none" else "fp8")
         return Plan(
             layout=layout,
             data_size=data_size,
@@ -136,8 +136,13 @@ class Planner:
             update_seconds=update,
             tokens_per_second_per_gpu=self.workload.tokens / step / world,
             judge_has=self._judge_has(config, seconds),
-            update_mfu=flops / seconds["update"] / world / MFU_PEAK,
+            update_mfu=flops / seconds["update"] / world / peak,
         )
+
+    def _update_flops(self) -> float:
+        workload, trains_vision = self.workload, not self.config.model.freeze_vision
+        vision = workload.prompts * vision_forward(self.architecture, workload.image_tokens)
+        return update_flops(self.architecture, workload.computed, vision, trains_vision=trains_vision)
 
     def _update(self, config: RunConfig, rows: Rows) -> dict[str, float]:
         """The update phase by part."""

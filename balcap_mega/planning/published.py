@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.families.interface import Decoder
+from balcap_mega.models.flops import TokenWork, head_weights, layer_weights, update_flops
 from balcap_mega.planning.compute import Compute
-from balcap_mega.planning.flops import attention_forward, head_weights, layer_weights
 from balcap_mega.planning.generation import Generation, cache_bytes_per_token
 from balcap_mega.planning.hardware import CUDNN_ATTENTION, GIB, H100, Cluster, Efficiency
 from balcap_mega.planning.update import Passes
@@ -75,9 +75,7 @@ def _cluster(gpus: int, efficiency: Efficiency) -> Cluster:
 
 def _reported_flops(model: Architecture, sequences: int, length: int) -> float:
     """Model FLOPs as Megatron-LM counts them: attention over all pairs, causal or not."""
-    dense = model.num_layers * layer_weights(model) + head_weights(model)
-    attention = 3 * model.num_layers * attention_forward(model, length**2)
-    return sequences * (6 * length * dense + attention)
+    return sequences * update_flops(model, TokenWork(length, length**2, length), vision=0.0)
 
 
 def _passes(model: Architecture, cluster: Cluster, tensor: int, pipeline: int, data: int, **options) -> Passes:

@@ -8,6 +8,7 @@ from operator import add
 
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.flops import TokenWork, group_work
 from balcap_mega.models.fp8 import row_multiple
 from balcap_mega.packing.assign import GroupLengths, Row, assign_rows
 
@@ -81,6 +82,14 @@ class Workload:
         """Prompt and response tokens of all captions, as throughput over a whole step is reported: each with its own
         prompt."""
         return self.captions * (self.prefix_tokens + self.caption_tokens)
+
+    @property
+    def computed(self) -> TokenWork:
+        """Of all updates together, each prompt once."""
+        lengths = self.lengths(self.captions // self.updates)
+        starts = range(0, len(lengths), self.group)
+        groups = [group_work(self.prefix_tokens, lengths[start : start + self.group]) for start in starts]
+        return reduce(add, groups * self.updates)
 
     def lengths(self, count: int) -> list[int]:
         """`count` response lengths, ascending: the quantiles of an exponential law of this mean, cut at `max_tokens`.
@@ -179,11 +188,7 @@ def pack_for(config: RunConfig, architecture: Architecture, workload: Workload, 
 
 
 def _work(row: Row, groups: list[GroupLengths], pad_to: int) -> Work:
-    tokens = pairs = responses = 0
-    for piece in row:
-        prefix = groups[piece.group].prefix
-        read = [groups[piece.group].captions[index] - 1 for index in piece.captions]
-        tokens += prefix + sum(read)
-        pairs += prefix * (prefix + 1) // 2 + sum(length * prefix + length * (length + 1) // 2 for length in read)
-        responses += sum(length + 1 for length in read)
-    return Work(max(-(-tokens // pad_to), 1) * pad_to, pairs, responses, len(row))
+    pieces = [(groups[piece.group], piece.captions) for piece in row]
+    computed = [group_work(group.prefix, [group.captions[index] for index in captions]) for group, captions in pieces]
+    work = reduce(add, computed, TokenWork())
+    return Work(max(-(-work.tokens // pad_to), 1) * pad_to, work.pairs, work.responses, len(row))

@@ -30,6 +30,7 @@ from balcap_mega.training.learner import Learner
 from balcap_mega.training.observe.judge_metrics import JudgeMeter, judge_metrics, reasons
 from balcap_mega.training.observe.metrics import PhaseTimer
 from balcap_mega.training.observe.refit_metrics import refit_metrics
+from balcap_mega.training.observe.speed import Speed
 from balcap_mega.training.observe.step_metrics import step_metrics
 from balcap_mega.training.off_policy import ByCaption, OffPolicy, by_caption, scored_prompts
 from balcap_mega.training.prompts import Prompts
@@ -61,6 +62,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.meter = JudgeMeter(self.rewards.judge if self.replica.is_leader else None)
         self.in_flight: dict[int, CaptionsInFlight] = {}  # by step
+        self.speed = Speed.of(self.config, self.learner.architecture, self.learner.platform.device)
 
     def step(self, number: int) -> dict[str, float]:
         """Run step `number` (from 0) and return its metrics. A collective.
@@ -114,6 +116,8 @@ class Trainer:
         with phase("refit"):
             moved = refit_metrics(self.refit.run(offload=self.learner.offload))
         metrics = step_metrics(groups, rewards, advantages, packed, updates, phase.seconds, off_policy)
+        sampled = [group for captions in due for group in captions.mine] if self.replica.is_leader else []
+        metrics |= self.speed.metrics(trained_on[0], self.speed.sampled(sampled, device), phase.seconds)
         metrics |= judge_metrics(asked) | moved
         return metrics | {f"memory/{name}": value for name, value in phase.memory.items()}
 
