@@ -1,11 +1,10 @@
 """Time the attention backends on the shared-prefix pattern, forward and backward.
 
-    python benchmarks/attention.py [--json FILE] [--record [FILE]]
-                                   [--prefixes 64 576 1280] [--groups 1 4 8 16] [--caption 175]
+    python benchmarks/attention.py [--json FILE] [--prefixes 64 576 1280] [--groups 1 4 8 16] [--caption 175]
 
 On a CPU `cpu` meets three plainer ways: SDPA a segment at a time with a mask over prefix and segment, one SDPA with the
-dense mask of the whole row, and SDPA of the unshared batch. On CUDA `flash` meets `flex`, at Qwen2.5-VL-7B's heads, and
-`--record` keeps each one's total for this GPU in the file from which the policy chooses.
+dense mask of the whole row, and SDPA of the unshared batch. On CUDA `flash` meets `flex`, at Qwen2.5-VL-7B's heads; the
+last lines are each one's total, by which to set `model.attention`.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from balcap_mega.models.attention_backends import find_backend
-from balcap_mega.models.attention_backends.measured import MEASURED
 from balcap_mega.models.attention_backends.pattern import AttentionPattern, attention_pattern
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -99,7 +97,6 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--record", type=Path, nargs="?", const=MEASURED, help="on CUDA: the file to keep totals in")
     parser.add_argument("--prefixes", type=int, nargs="+", default=[64, 576, 1280])
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--caption", type=int, default=175)
@@ -131,7 +128,6 @@ def main() -> None:
     if arguments.json:
         setting = vars(arguments) | {
             "json": None,
-            "record": None,
             "device": device,
             "dtype": str(dtype),
             "torch": torch.__version__,
@@ -139,17 +135,8 @@ def main() -> None:
         arguments.json.write_text(
             json.dumps({"command": sys.argv, "setting": setting, "results": results}, indent=1) + "\n"
         )
-    if arguments.record and cuda:
-        record(arguments.record, results)
-
-
-def record(file: Path, results: list[dict]) -> None:
-    """Each backend's milliseconds over all cases, under this GPU's name."""
-    totals: dict[str, float] = {}
-    for result in results:
-        totals[result["backend"]] = round(totals.get(result["backend"], 0.0) + result["ms"], 3)
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    file.write_text(json.dumps(known | {torch.cuda.get_device_name(): totals}, indent=1) + "\n", encoding="utf-8")
+    for backend in ("flash", "flex") if cuda else ():
+        print(f"{backend}: {sum(result['ms'] for result in results if result['backend'] == backend):.1f} ms in all")
 
 
 if __name__ == "__main__":

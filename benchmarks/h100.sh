@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, unattended: tests and measurements, on one H100.
+# Everything that needs a GPU, unattended: tests and measurements, on one H100; where there are two or four, a run over
+# them as well.
 #   bash benchmarks/h100.sh [--fresh] [--budget SECONDS] [PART ...]
 # Parts run in order of their worth, each under a time limit; one that fails or runs out leaves the others alone. With
 # --budget no part starts that might not end in time. A second call does only what has not passed. Logs and numbers
 # stand in runs/h100/ as soon as they are there; numbers are copied to benchmarks/results/, and all of it, as one archive,
-# to $OUT if that is set. What the attention part finds also goes to the file from which the policy chooses its backend.
+# to $OUT if that is set.
 # Ends with one table. Exit status: 0 all parts passed, 1 a part failed or is left, 3 no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-results=runs/h100 backends=balcap_mega/models/attention_backends
+results=runs/h100
 python="${PYTHON:-$( [ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3 )}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 budget=0 wanted=()
@@ -21,7 +22,6 @@ while [ $# -gt 0 ]; do
     shift
 done
 mkdir -p "$results"
-[ -e "$results/measured.json" ] || cp "$backends/measured.json" "$results"/
 [ -e balcap_mega/kernels ] || ln -s ../kernels balcap_mega/kernels # a copy of the tree may have lost its link
 
 if ! "$python" -c 'import balcap_mega.config.schema, megatron.core, torch, triton' 2> "$results/import.log"; then
@@ -44,7 +44,6 @@ for package in pytest transformer_engine vllm liger_kernel trl; do installed "$p
 names=() states=()
 copy_results() {
     cp "$results"/*_h100.json benchmarks/results/ 2> /dev/null
-    cp "$results/measured.json" "$backends"/
     if [ -n "${OUT:-}" ]; then tar -czf "$OUT/h100.tar.gz" -C "${results%/*}" "${results##*/}"; fi
 }
 copy_results # an earlier call's, if this is a new copy of the tree
@@ -86,18 +85,20 @@ part tests_kernels 240 pytest "${tests[@]}" tests/test_kernels.py
 part tests_attention 120 pytest "${tests[@]}" tests/test_attention.py
 part throughput_3b 360 vllm "${step[@]}" --model Qwen2.5-VL-3B
 part colocation 300 "pytest vllm" "${tests[@]}" tests/test_colocation.py
+gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
+[ "$gpus" -lt 2 ] || part several_gpus 900 "pytest vllm" "${tests[@]}" tests/test_several_gpus.py
 part tests_fp8 240 "pytest transformer_engine" "${tests[@]}" tests/test_fp8.py -k near
 part throughput_7b 360 vllm "${step[@]}" --model Qwen2.5-VL-7B --layers 8
 part lm_head 400 "" "${kernels[@]}" --ops lm_head --only bound balcap eager
 part reward_to_loss 120 "" "${kernels[@]}" --ops reward_to_loss
-part attention 180 "" "$python" benchmarks/attention.py --record "$results/measured.json" --json "$results/attention_h100.json"
+part attention 180 "" "$python" benchmarks/attention.py --json "$results/attention_h100.json"
 part refit 360 vllm "$python" benchmarks/refit.py --model 7b --gib 6 --json "$results/refit_h100.json"
 part throughput_7b_fp8 360 "vllm transformer_engine" "${step[@]}" --model Qwen2.5-VL-7B --layers 8 --fp8 hybrid --rollout-fp8
 part throughput_llava 360 vllm "${step[@]}" --model LLaVA-1.5-7B --layers 10
 part checkpoint_io 200 "" "$python" benchmarks/checkpoint_io.py --model 7b --gib 4
 part logprobs 240 "" "${kernels[@]}" --ops logprobs --only bound balcap eager
 part learning_fp8 540 "pytest vllm transformer_engine" "${tests[@]}" tests/test_fp8.py -k learns
-mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py | grep -vE 'test_(kernels|attention|colocation|fp8)\.py')
+mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py | grep -vE 'test_(kernels|attention|colocation|fp8|several_gpus)\.py')
 [ ${#others[@]} -eq 0 ] || part tests_others 540 pytest "${tests[@]}" "${others[@]}"
 part kernels_others 540 "" "${kernels[@]}"
 

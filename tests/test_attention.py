@@ -1,9 +1,15 @@
 """Shared-prefix attention against a dense mask in float64, values and gradients, odd shapes included."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 
-from balcap_mega.models.attention_backends import find_backend, measured
+from balcap_mega.config.schema import ModelConfig
+from balcap_mega.models.attention import SegmentAttention
+from balcap_mega.models.attention_backends import find_backend
 from balcap_mega.models.attention_backends.pattern import attention_pattern
 
 
@@ -115,13 +121,18 @@ def test_cuda_backends_equal_the_cpu(backend, shape):
         torch.testing.assert_close(actual.cpu().float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
-def test_the_fastest_measured_backend_is_chosen(tmp_path, monkeypatch):
-    file = tmp_path / "measured.json"
-    file.write_text('{"H100": {"flash": 20.5, "flex": 14.0}}')
-    monkeypatch.setattr(measured, "MEASURED", file)
-    assert measured.fastest_backend("H100") == "flex"
-    assert measured.fastest_backend("a GPU that nobody measured") == "flash"
-    measured.fastest_backend.cache_clear()
+def test_the_configuration_alone_names_the_kernels():
+    """On CUDA in 16 bits those of `model.attention`; elsewhere there is one choice."""
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, attention_dropout=0.0)
+    attention = SegmentAttention(config, 1, AttnMaskType.causal, "self", backend="flex")
+
+    def chosen(*, is_cuda: bool, element_size: int) -> str:
+        return attention._backend_for(SimpleNamespace(is_cuda=is_cuda, element_size=lambda: element_size))
+
+    assert chosen(is_cuda=True, element_size=2) == "flex" and chosen(is_cuda=False, element_size=2) == "cpu"
+    attention.backend = "flash"
+    assert chosen(is_cuda=True, element_size=2) == "flash" and chosen(is_cuda=True, element_size=4) == "flex"
+    assert ModelConfig(tiny="llava").attention == "flash"
 
 
 def test_overlapping_segments_are_refused():

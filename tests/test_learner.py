@@ -66,6 +66,7 @@ def test_the_host_reads_nothing_back_to_embed_a_row(tiny_checkpoint, layout, fam
     learner = make_learner(folder)
     [[microbatch, *_]] = make_batch(folder, learner, layout)
     policy = learner.policy
+    assert policy.language_model.decoder.layers[0].self_attention.core_attention.backend == "flash"
     with torch.no_grad():
         expected, _ = policy._embed(microbatch.row.tokens[None], microbatch.images)
         assert len(policy._frozen_embeddings) == len(set(microbatch.images)) > 0

@@ -51,15 +51,17 @@ class DeepstackLayer(TransformerLayer):
         return hidden + context[0], context[1:] if len(context) > 1 else None
 
 
-def block_spec(config: TransformerConfig, decoder: Decoder, *, transformer_engine: bool) -> TransformerBlockSubmodules:
-    """The decoder layers of this pipeline stage and the final norm."""
-    layer, norm = (_transformer_engine_layer if transformer_engine else _local_layer)(decoder)
+def block_spec(
+    config: TransformerConfig, decoder: Decoder, *, transformer_engine: bool, attention: str
+) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline stage and the final norm; `attention` names a backend of it."""
+    layer, norm = (_transformer_engine_layer if transformer_engine else _local_layer)(decoder, attention)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
-def _local_layer(decoder: Decoder) -> tuple[ModuleSpec, type]:
+def _local_layer(decoder: Decoder, attention: str) -> tuple[ModuleSpec, type]:
     linears = (ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
-    return _layer(decoder, *linears, norm=RMSNorm, separate_norms=True)
+    return _layer(decoder, attention, *linears, norm=RMSNorm, separate_norms=True)
 
 
 def transformer_engine_version() -> Version | None:
@@ -70,7 +72,7 @@ def transformer_engine_version() -> Version | None:
         return None
 
 
-def _transformer_engine_layer(decoder: Decoder) -> tuple[ModuleSpec, type]:
+def _transformer_engine_layer(decoder: Decoder, attention: str) -> tuple[ModuleSpec, type]:
     """Norms are fused into the linear that follows them; FP8 is switched on by the config around each layer."""
     try:
         import transformer_engine.pytorch  # noqa: F401 (where it does not load, Megatron would go on with a mock of it)
@@ -87,7 +89,7 @@ def _transformer_engine_layer(decoder: Decoder) -> tuple[ModuleSpec, type]:
     class RowLinear(_NoExtraState, TERowParallelLinear):
         pass
 
-    return _layer(decoder, ColumnLinear, ColumnLinear, RowLinear, norm=RMSNorm, separate_norms=False)
+    return _layer(decoder, attention, ColumnLinear, ColumnLinear, RowLinear, norm=RMSNorm, separate_norms=False)
 
 
 def _show_cuda_headers() -> None:
@@ -110,7 +112,7 @@ class _NoExtraState:
 
 
 def _layer(
-    decoder: Decoder, qkv: type, fc1: type, row: type, *, norm: type, separate_norms: bool
+    decoder: Decoder, backend: str, qkv: type, fc1: type, row: type, *, norm: type, separate_norms: bool
 ) -> tuple[ModuleSpec, type]:
     layer_norm = norm if separate_norms else IdentityOp
     head_norm = norm if decoder.qk_norm else None
@@ -119,7 +121,7 @@ def _layer(
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=qkv,
-            core_attention=SegmentAttention,
+            core_attention=ModuleSpec(module=SegmentAttention, params={"backend": backend}),
             linear_proj=row,
             q_layernorm=head_norm,
             k_layernorm=head_norm,

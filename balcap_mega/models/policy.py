@@ -108,7 +108,13 @@ class VisionLanguagePolicy(MegatronModule):
     """One pipeline stage of the policy. Build it with `build_policy`, then load weights, then wrap it for training."""
 
     def __init__(
-        self, architecture: Architecture, config: TransformerConfig, *, freeze_vision: bool, transformer_engine: bool
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        *,
+        freeze_vision: bool,
+        transformer_engine: bool,
+        attention: str,
     ):
         super().__init__(config)
         grid = process_grid()
@@ -127,7 +133,7 @@ class VisionLanguagePolicy(MegatronModule):
         self.language_model = LanguageModel(
             architecture,
             config,
-            block_spec(config, architecture.decoder, transformer_engine=transformer_engine),
+            block_spec(config, architecture.decoder, transformer_engine=transformer_engine, attention=attention),
             vocab_size=architecture.padded_vocab_size(grid.tensor_size),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=self.pre_process,
@@ -238,5 +244,6 @@ def build_policy(
             architecture.transformer_config(model, parallel, platform, **fp8_options(model)),
             freeze_vision=model.freeze_vision,
             transformer_engine=transformer_engine,
+            attention=model.attention,
         )
     return policy.to(platform.device)

@@ -86,6 +86,14 @@ def process_grid() -> ProcessGrid:
     )
 
 
+def end_parallel() -> None:
+    """The end of a process's work with others, on all ranks at once: one that left early would look like a failure."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        destroy_parallel()
+        torch.distributed.destroy_process_group()
+
+
 def destroy_parallel() -> None:
     """Drop Megatron's groups, so that another layout can be set up in the same processes; torch.distributed stays."""
     parallel_state.destroy_model_parallel()

@@ -4,11 +4,14 @@ Engine and learner take turns unless `parallel.offload` is never: the engine sle
 and the optimizer's state leave the device while the engine generates, and the key/value cache while weights move.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from balcap_mega.algorithm.logits import CHUNK_BYTES
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.parallel.host_memory import BLOCK_BYTES
 from balcap_mega.planning.activations import Activations
 from balcap_mega.planning.generation import cache_bytes_per_token
 from balcap_mega.planning.hardware import BF16, FP32, GIB, Gpu
@@ -77,7 +80,9 @@ def predict_memory(
     engine_weights = engine_weight_bytes(config, architecture, counts)
     awake = config.rollout.memory_fraction * gpu.memory
     turns = parallel.offload != "never"
-    moments, hosts = [], []
+    sizes = counts.engine_parameters(config.rollout.tensor_parallel)
+    asleep = pinned_bytes([engine_weights * size / sum(sizes) for size in sizes])
+    moments, hosts, swapped = [], [], 0.0
     for stage, parameters in enumerate(counts.stages(parallel.tensor, parallel.pipeline)):
         base = {"weights": BF16 * parameters.total, "context": CONTEXT}
         trained = parameters.language + (0 if config.model.freeze_vision else parameters.vision)
@@ -95,13 +100,18 @@ def predict_memory(
             always = {"engine": awake}
             parts = {"rollout": base | state | always, "update": training | always, "refit": moving | state | always}
         moments += [Moment(name, stage, held) for name, held in parts.items()]
-        swapped = {"optimizer": state["optimizer"], "engine": engine_weights} if turns else {}
-        hosts.append(swapped | {"checkpoint": base["weights"] + state["optimizer"]})
+        held = {"checkpoint": base["weights"] + state["optimizer"]}
+        if config.algorithm.kl_weight > 0:
+            held["reference"] = in_blocks(BF16 * trained)
+        if turns:
+            held |= {"optimizer": in_blocks(state["optimizer"]), "engine": asleep}
+            swapped = max(swapped, state["optimizer"] + engine_weights)
+        hosts.append(held)
     room = awake - engine_weights - ENGINE_WORKSPACE
     return Memory(
         tuple(moments),
         host=max(hosts, key=lambda parts: sum(parts.values())),
-        swapped=max(sum(parts.values()) - parts["checkpoint"] for parts in hosts),
+        swapped=swapped,
         cache_tokens=room / cache_bytes_per_token(architecture, config.rollout.tensor_parallel),
     )
 
@@ -128,6 +138,22 @@ def _backward(
     if stage == parallel.pipeline - 1:
         parts["head"] = activations.head(rows.largest, CHUNK_BYTES["cuda"])
     return parts | {"fragmentation": FRAGMENTATION * sum(parts.values())}
+
+
+def in_blocks(size: float) -> float:
+    """What `HostMemory` takes for so many bytes."""
+    return math.ceil(size / BLOCK_BYTES) * BLOCK_BYTES
+
+
+def pinned_bytes(sizes: Sequence[float]) -> float:
+    """What a sleeping engine's weights take on the host, of parameters of these sizes.
+
+    PyTorch gives each of 10 MiB or more an allocation of its own, in steps of 2 MiB, and smaller ones share some of 20
+    MiB. For a copy of each vLLM pins memory, which PyTorch rounds up to a power of two.
+    """
+    large = [math.ceil(size / 2**21) * 2**21 for size in sizes if size >= 10 * 2**20]
+    small = sum(size for size in sizes if size < 10 * 2**20)
+    return sum(2.0 ** math.ceil(math.log2(size)) for size in large) + math.ceil(small / (20 * 2**20)) * 2**25
 
 
 def engine_weight_bytes(config: RunConfig, architecture: Architecture, counts: ParameterCounts) -> float:

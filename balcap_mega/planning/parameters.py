@@ -1,6 +1,7 @@
 """Elements of the weights that one rank holds, read off the table that places them (`models.mapping`)."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,7 +34,7 @@ class ParameterCounts:
     def __init__(self, architecture: Architecture):
         self.architecture = architecture
         self.stages = lru_cache(self._stages)
-        self.engine = lru_cache(self._engine)
+        self.engine_parameters = lru_cache(self._engine_parameters)
 
     def _stages(self, tensor: int, pipeline: int) -> list[StageParameters]:
         """Of every pipeline stage of the policy; all tensor-parallel ranks of a stage hold equally many."""
@@ -53,11 +54,18 @@ class ParameterCounts:
             sizes[name] = vocabulary if held else 0
         return StageParameters(sizes["vision"], sizes["embedding"], sizes["decoder"], sizes["output_layer"])
 
-    def _engine(self, tensor: int) -> int:
+    def engine(self, tensor: int) -> int:
         """Of one rank of a vLLM engine."""
+        return sum(self.engine_parameters(tensor))
+
+    def _engine_parameters(self, tensor: int) -> tuple[int, ...]:
+        """The same by parameter, as vLLM fuses them."""
         whole_vision = self.architecture.family.vision_data_parallel and tensor > 1
         blocks = vllm_blocks(self.architecture, tensor_rank=0, tensor_size=tensor, vision_data_parallel=whole_vision)
-        return sum(map(_elements, blocks))
+        sizes: Counter[str] = Counter()
+        for block in blocks:
+            sizes[block.parameter] += _elements(block)
+        return tuple(sizes.values())
 
 
 def _elements(block: Block) -> int:

@@ -17,6 +17,7 @@ from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
 from balcap_mega.rollout.vllm_runtime import (
     build_engine,
+    end_engine,
     import_vllm,
     process_state_kept,
     register_weight_transfer,
@@ -160,6 +161,12 @@ class RolloutEngine:
         """The second stage, when the trainer no longer needs that memory: the key/value cache. Nothing when awake."""
         if self.sleeps and self.llm.is_sleeping():
             self.llm.wake_up(tags=["kv_cache"])
+
+    def close(self) -> None:
+        """Give up the engine, its memory, and every process group of torch.distributed. A collective."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        end_engine(self.llm)
 
     def _sampling_params(self, **sampling: Any):
         return self._vllm.SamplingParams(

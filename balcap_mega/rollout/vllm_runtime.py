@@ -63,6 +63,11 @@ def build_engine(arguments):
     return engine
 
 
+def end_engine(engine) -> None:
+    """vLLM's own end, for which `build_engine` left it no occasion. It takes torch.distributed with it."""
+    engine.engine_core.engine_core.shutdown()
+
+
 def scale_logits(engine, scale: float) -> None:
     """Have the model multiply its logits by `scale`, so that raw logprobs are those of the tempered distribution.
 

@@ -16,9 +16,10 @@ from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.huggingface.hub import with_fetched_model
 from balcap_mega.models.huggingface.transfer import export_checkpoint
 from balcap_mega.parallel.agreement import from_first_rank
-from balcap_mega.parallel.groups import ProcessGrid, initialize_parallel, world_size
+from balcap_mega.parallel.groups import ProcessGrid, end_parallel, initialize_parallel, world_size
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.factory import check_rewards
+from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.training.benchmarks import Benchmarks
 from balcap_mega.training.build import build_trainer
 from balcap_mega.training.folder import RunFolder, full_disk_is_named, write_json, write_text
@@ -68,6 +69,7 @@ def run(config: RunConfig) -> None:
             train(config, folder, train_set, eval_set, grid, platform, console, stop)
         except Stopped as signal:
             console.stopped(str(signal))
+        end_parallel()
 
 
 def train(
@@ -87,6 +89,32 @@ def train(
     benchmarks = Benchmarks(config, folder.root, platform.device)
     with phase("setup"):
         trainer = build_trainer(config, start, train_set, grid, platform, folder, stop)
+    with closed_in_order(trainer.engine):
+        reinforce(trainer, start, eval_set, folder, console, benchmarks, phase)
+
+
+@contextmanager
+def closed_in_order(engine: RolloutEngine) -> Iterator[None]:
+    """An engine that is done with, or was stopped, is closed on all ranks; after an error the process just ends."""
+    try:
+        yield
+    except Stopped:
+        engine.close()
+        raise
+    engine.close()
+
+
+def reinforce(
+    trainer: Trainer,
+    start: Path,
+    eval_set: CaptionDataset,
+    folder: RunFolder,
+    console: Console,
+    benchmarks: Benchmarks,
+    phase: PhaseTimer,
+) -> None:
+    """From the policy in `start`, or the last checkpoint, to the trained one and the report."""
+    with phase("setup"):
         first_step = trainer.resume()
         trainer.refit.run()
     with phase("evaluation"):
@@ -106,7 +134,7 @@ def train(
         scores = {"before": before.scores, "after": after.scores}
         write_json(folder.summary, {**scores, "captions": counts, "seconds": phase.seconds})
         changes = write_changes(folder, before, after, eval_set)
-        write_report(folder, config, console.inputs, before, after, eval_set, changes)
+        write_report(folder, trainer.config, console.inputs, before, after, eval_set, changes)
     console.finished(folder.root)
 
 

@@ -27,6 +27,9 @@ class ModelConfig(Section):
     """How FP8 scales are chosen."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that backward computes again instead of keeping them."""
+    attention: Literal["flash", "flex"] = "flash"
+    """Kernels of the decoder's attention on a GPU in bfloat16; they round differently. `flex` is compiled, and computes
+    float32 whatever stands here; a CPU has kernels of its own."""
 
     @model_validator(mode="after")
     def one_source(self):
