@@ -91,7 +91,7 @@ def test_a_refit_says_what_it_moved(finished):
         assert language <= row["refit/bytes"] < 1.1 * language, "halves, but for norms, which both ranks have"
         assert 0 <= row["refit/bytes_exchanged"] <= row["refit/bytes"]
         phases = [row[f"refit/seconds/{phase}"] for phase in ("offload", "wake", "transfer", "finalise")]
-        assert 0 < sum(phases) <= 1.1 * row["seconds/refit"]
+        assert min(phases) >= 0 < sum(phases), "of the slowest rank, each"
 
 
 def test_exported_policy_loads_in_transformers(finished):
