@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TIMING = ("seconds/", "throughput/", "refit/seconds/")
+TIMING = ("seconds/", "throughput/", "mfu/", "refit/seconds/")
 
 
 def command(output: Path, *overrides: str, ranks: int = 2) -> list[str]:

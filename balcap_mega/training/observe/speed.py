@@ -14,7 +14,7 @@ from balcap_mega.models.flops import TokenWork, generation_flops, group_work, up
 from balcap_mega.parallel.peaks import device_peak
 from balcap_mega.rollout.rollouts import RolloutGroup
 
-TOKENS = "tokens_per_second_per_gpu"
+TOKENS = "throughput/tokens_per_second_per_gpu"
 
 
 @dataclass(frozen=True)
