@@ -13,7 +13,7 @@ from balcap_mega.models.flops import TokenWork, generation_flops, group_work, up
 from balcap_mega.parallel.peaks import peak_of
 from balcap_mega.planning.published import text_model
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
-from balcap_mega.training.observe.speed import Sampled, Speed
+from balcap_mega.training.observe.speed import TOKENS, Sampled, Speed
 
 RESPONSES = 7
 
@@ -61,7 +61,7 @@ def test_speed_of_a_step():
     speed = Speed(model, world=2, trains_vision=False, update_peak=1e4, rollout_peak=1e3)
     groups, seconds = [group(5, (3, 2, 1)), group(2, (1,))], {"rollout": 2.0, "update": 4.0, "refit": 2.0}
     metrics = speed.metrics(groups, Sampled(tokens=12, flops=8e3), seconds)
-    assert {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("tokens")} == {
+    assert {name.removeprefix(f"{TOKENS}/"): value for name, value in metrics.items() if name.startswith(TOKENS)} == {
         "sample": (3 * 5 + 6 + 2 + 1) / 8 / 2,
         "response": 7 / 8 / 2,
         "rollout": 12 / 2 / 2,
