@@ -201,3 +201,11 @@ def test_charts_take_the_pages_colours(count):
         root = ElementTree.fromstring(svg)  # well formed
         assert "viewBox" in root.attrib and "width" not in root.attrib
         assert "var(--series-1)" in svg and "var(--soft)" in svg and "#0300" not in svg and "font-family" not in svg
+
+
+@pytest.mark.parametrize(("value", "ends"), [(0.0, (0, 1)), (4.0, (0, 8)), (-4.0, (-8, 0))])
+def test_a_value_that_never_changes_stands_on_an_axis_from_0(value, ends):
+    root = ElementTree.fromstring(line_chart([101, 102, 103], [Curve("", [value] * 3)]))
+    labels = [element.text.replace("−", "-") for element in root.iter() if element.tag.endswith("text")]
+    numbers = [float(label) for label in labels if label]
+    assert (min(numbers), max(number for number in numbers if number < 100)) == ends

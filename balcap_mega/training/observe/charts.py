@@ -39,6 +39,10 @@ def line_chart(
     for curve, colour in zip(curves, SERIES):
         axes.plot(steps, curve.values, color=colour, alpha=0.3, linewidth=1)
         axes.plot(steps, moving_average(curve.values), color=colour, linewidth=2, solid_capstyle="round")
+    low, high = axes.dataLim.intervaly
+    if low == high and not log:  # matplotlib would show a rate that stays 0 on an axis from -0.05 to 0.05
+        axes.update_datalim([(steps[0], 0.0), (steps[0], 2 * low or 1.0)])
+        axes.autoscale_view(scalex=False)
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
