@@ -3,12 +3,11 @@
 The MLLM judge and every evaluator read replies here and nowhere else. A reply that is not usable raises `Unusable`,
 whose `reason` is one of
 
-truncated      cut at the token limit
-refusal        declined by the model, or withheld by the server's content filter
-empty          no text, or thoughts alone
-not_json       no JSON where JSON was asked for
-off_schema     JSON of another shape, or with values out of range
-fewer_choices  fewer choices than `n`
+truncated   cut at the token limit
+refusal     declined by the model, or withheld by the server's content filter
+empty       no text, or thoughts alone
+not_json    no JSON where JSON was asked for
+off_schema  JSON of another shape, or with values out of range
 """
 
 from typing import Annotated, Any, TypeVar
