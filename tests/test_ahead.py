@@ -30,14 +30,14 @@ from balcap_mega.training.prompts import Prompts
 class Half(SceneJudge):
     """Answers about the first caption of each group, and is still busy with the others."""
 
-    def __init__(self, answers: bool = True):
+    def __init__(self, prompt: bool = True):
         super().__init__()
         self.asked: list[str] = []
-        self.answers = answers
+        self.prompt = prompt
 
     def submit(self, record, caption, *, quotes=False):
         self.asked.append(caption)
-        if self.answers or caption.endswith("first."):
+        if self.prompt or caption.endswith("first."):
             return super().submit(record, caption, quotes=quotes)
         return Future()
 
@@ -62,7 +62,7 @@ def captions_of(captions: CaptionsInFlight) -> list[RolloutGroup]:
 
 
 def test_a_checkpoint_holds_them_and_another_layout_goes_on(tmp_path):
-    busy, everybody = Half(answers=False), Replica(0, 1, 0)
+    busy, everybody = Half(prompt=False), Replica(0, 1, 0)
     captions = in_flight(busy)
     captions.mine = captions_of(captions)
     captions.sampling = ((-0.1, -0.2), (1 / 3,))
