@@ -112,7 +112,8 @@ def claims(runs: Sequence[Measured], variants: Sequence[str]) -> list[dict]:
 
 def claims_table(rows: Sequence[dict]) -> str:
     head = ["| claim | whose | difference | by the interval |", "| --- | --- | --- | --- |"]
-    return "\n".join([*head, *(f"| {' | '.join(row.values())} |" for row in rows)])
+    chance = f"Were nothing there, {0.025 * len(rows):.1f} of {len(rows)} would be called held, and as many not held."
+    return "\n".join([*head, *(f"| {' | '.join(row.values())} |" for row in rows), "", chance])
 
 
 def draw(runs: Sequence[Measured], variants: Sequence[str], path: Path) -> None:

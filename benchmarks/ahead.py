@@ -5,7 +5,9 @@
 Everything is real (configs/scenes_smoke.yaml on one process: vLLM, Megatron, refit) but for the judge's speed: the
 rules of `scenes` answer one caption after the other, in the order in which they were asked, each in the time that makes
 all of a step's captions take 0.5, 1 or 2 times the rollout's seconds. The bound is max(judge, rollout + update), where
-update is all that is neither rollout nor waiting; both are measured with a judge that takes no time.
+update is all that is neither rollout nor waiting; both are measured with a judge that takes no time, before each rate.
+Of `ahead_1` stand beside it the seconds that it waits for the judge, and those in which it scores captions to tell the
+engine's mismatch from staleness, which the bound does not have.
 """
 
 import argparse
@@ -87,15 +89,17 @@ def measure(config: RunConfig, rates: list[float], count: int) -> list[dict[str,
         return {key: median(row[key] for row in found) for key in found[0] if key.startswith("seconds/")}
 
     timed(0, 0.0)  # compiles and caches
-    free = timed(0, 0.0)
-    rollout, alone = free["seconds/rollout"], free["seconds/step"]
     for rate in rates:
+        free = timed(0, 0.0)
+        rollout, alone = free["seconds/rollout"], free["seconds/step"]
         judge = rate * rollout
-        seconds = {ahead: timed(ahead, judge / captions)["seconds/step"] for ahead in (0, 1)}
+        one_by_one, ahead = timed(0, judge / captions), timed(1, judge / captions)
         bound = max(judge, alone)
         rows.append({
             "judge_over_rollout": rate, "judge": judge, "rollout": rollout, "rollout_and_update": alone, "bound": bound,
-            "ahead_0": seconds[0], "ahead_1": seconds[1], "ahead_1_over_bound": seconds[1] / bound,
+            "ahead_0": one_by_one["seconds/step"], "ahead_1": ahead["seconds/step"],
+            "ahead_1_over_bound": ahead["seconds/step"] / bound,
+            "ahead_1_waits": ahead["seconds/rewards"], "ahead_1_scores": ahead["seconds/scoring"],
         })  # fmt: skip
     return rows
 
