@@ -24,11 +24,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ablation_report import claims, claims_table, draw, means_table, measured
-from ablation_runs import CONFIG, ROOT, WARM_UP, jobs, keep_settings, run_all
+from ablation_runs import CONFIG, ROOT, WARM_UP, Job, jobs, keep_settings, run_all
 from ablation_variants import VARIANTS
 
 from balcap_mega.cli import exit_on_user_error
 from balcap_mega.config.load import load_config
+from balcap_mega.training.folder import RunFolder
 
 
 def main() -> None:
@@ -41,9 +42,14 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
     arguments = parser.parse_args()
-    with exit_on_user_error():
-        steps = load_config(CONFIG, arguments.overrides).steps
-        keep_settings(arguments.runs, arguments.overrides)
+    with exit_on_user_error(), RunFolder(arguments.runs).held():
+        sys.exit(bool(ablate(arguments)))
+
+
+def ablate(arguments: argparse.Namespace) -> list[Job]:
+    """Run what is left, tell what came of all; the runs without a result."""
+    steps = load_config(CONFIG, arguments.overrides).steps
+    keep_settings(arguments.runs, arguments.overrides)
     variants = [name for name in VARIANTS if name in {*arguments.variants, "full"}]  # full: what they are held against
     todo = jobs(arguments.runs, range(arguments.seeds), variants)
     try:
@@ -69,7 +75,7 @@ def main() -> None:
         draw(runs, variants, arguments.figure)
     for job in failed:
         print(f"no result: {job.variant} of seed {job.seed}, see {job.log}", file=sys.stderr)
-    sys.exit(bool(failed))
+    return failed
 
 
 if __name__ == "__main__":
