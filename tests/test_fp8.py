@@ -16,7 +16,7 @@ from balcap_mega.models.architecture import Architecture
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.engine import fp8_arguments
-from balcap_mega.rollout.vllm_runtime import import_vllm
+from balcap_mega.rollout.vllm_runtime.process import import_vllm
 from balcap_mega.training.learner import Learner
 from tests.support.released import write_config
 from tests.test_learner import make_batch

@@ -47,3 +47,26 @@ def test_imports_point_along_readmes_arrows():
         for file in files:
             wrong = imported_rooms(file) - allowed - ({"errors"} if room == "cli" else set())
             assert not wrong, f"{file.relative_to(REPOSITORY)} imports {', '.join(sorted(wrong))}"
+
+
+def vllm_imports(file: Path) -> set[str]:
+    """vLLM's modules that this file imports, at its top or inside a function."""
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+    return {module for module in modules if module.split(".")[0] == "vllm"}
+
+
+def test_one_folder_knows_the_insides_of_vllm():
+    door = PACKAGE / "rollout" / "vllm_runtime"
+    public = {PACKAGE / "diagnostics" / "software.py": {"vllm.platforms"}}  # the doctor asks which device vLLM is for
+    folders = (PACKAGE, REPOSITORY / "kernels", REPOSITORY / "launch", REPOSITORY / "benchmarks")
+    files = {file for folder in folders for file in folder.rglob("*.py")}
+    assert {module for file in door.rglob("*.py") for module in vllm_imports(file)}
+    for file in files - set(door.rglob("*.py")):
+        wrong = vllm_imports(file) - public.get(file, set())
+        assert not wrong, f"{file.relative_to(REPOSITORY)} imports {', '.join(sorted(wrong))}: that is for {door.name}"
+        assert "vLLM 0.24" not in file.read_text("utf-8"), f"what only vLLM 0.24 needs is for {door.name}, not {file}"

@@ -27,9 +27,12 @@ EXCEPTIONS = {
     ("balcap_mega/rewards/judge.py", "utility"): "a run whose reward has that component, by the component's name",
     ("balcap_mega/rollout/refit/refit.py", "sent_bytes"): "benchmarks/refit.py, which writes the whole report",
     (
+        "balcap_mega/rollout/vllm_runtime/backend.py",
+        "supports_draft_weight_update trainer_send_weights receive_weights shutdown",
+    ): "vLLM, of a WeightTransferEngine",
+    (
         "balcap_mega/rollout/refit/weight_transfer.py",
-        "init_info_cls update_info_cls supports_draft_weight_update trainer_send_weights init_transfer_engine "
-        "receive_weights shutdown",
+        "init_info_cls update_info_cls init_transfer_engine",
     ): "vLLM, of a WeightTransferEngine",
 }
 ARGUMENTS = 100  # vulture's certainty that an argument is unused; what a function is given is its caller's matter

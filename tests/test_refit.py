@@ -24,7 +24,7 @@ from balcap_mega.rollout.refit import refit as refit_module
 from balcap_mega.rollout.refit.peers import share_parameters
 from balcap_mega.rollout.refit.pieces import checksums
 from balcap_mega.rollout.refit.refit import Refit, RefitError
-from balcap_mega.rollout.vllm_runtime import import_vllm
+from balcap_mega.rollout.vllm_runtime.process import import_vllm
 from tests.support.distributed import _rank_main, forking, launch, launcher_store
 from tests.support.policy_cases import load_state
 from tests.support.rollout_cases import largest_difference, make_prompts
@@ -237,7 +237,7 @@ def test_refit_in_fp8_is_what_loading_is(tiny_checkpoint):
 
 
 def test_checksums_are_the_same_under_any_default_device():
-    """vLLM 0.24 makes the GPU the default device while it updates weights."""
+    """An engine may make its GPU the default device while it updates weights."""
     values = [torch.arange(6.0).view(2, 3)]
     with torch.device("meta"):
         found, none = checksums(values, torch.float32), checksums([], torch.float32)

@@ -13,7 +13,7 @@ from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.families import FAMILIES
 from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest, request_seed
-from balcap_mega.rollout.vllm_runtime import process_state_kept
+from balcap_mega.rollout.vllm_runtime.process import process_state_kept
 from tests.support.distributed import launch
 from tests.support.rollout_cases import largest_difference, make_prompts, reference_logits
 

@@ -6,7 +6,7 @@ from balcap_mega.config.schema import RunConfig
 from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
 from balcap_mega.models.layer_specs import transformer_engine_version
 from balcap_mega.parallel.platform import Platform
-from balcap_mega.rollout.vllm_runtime import import_vllm
+from balcap_mega.rollout.vllm_runtime.process import import_vllm
 
 INSTALL = "bash launch/install.sh --cuda"
 ImportFailure = ImportError | OSError  # the second: a shared library that is not there

@@ -15,14 +15,8 @@ from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
-from balcap_mega.rollout.vllm_runtime import (
-    build_engine,
-    end_engine,
-    import_vllm,
-    process_state_kept,
-    register_weight_transfer,
-    scale_logits,
-)
+from balcap_mega.rollout.vllm_runtime.engine import build_engine, end_engine, register_weight_transfer, scale_logits
+from balcap_mega.rollout.vllm_runtime.process import import_vllm, process_state_kept
 
 CPU_KV_CACHE_BYTES = 2**30
 """Key/value cache on a CPU, where `memory_fraction` would be a share of memory that other programs use too."""
@@ -30,7 +24,7 @@ CPU_KV_CACHE_BYTES = 2**30
 WEIGHT_TRANSFER = ("balcap_mega", "balcap_mega.rollout.refit.weight_transfer", "InPlaceWeightTransfer")
 """Name, module and class of our backend of vLLM's weight-transfer interface."""
 
-REFIT_WORKER = "balcap_mega.rollout.refit.weight_transfer.RefitWorker"
+REFIT_WORKER = "balcap_mega.rollout.vllm_runtime.backend.RefitWorker"
 
 ENDS = {"stop": True, "length": False}
 """vLLM's reasons why a caption is over, and whether it is whole then. Any other one says that something failed."""

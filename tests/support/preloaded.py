@@ -1,7 +1,7 @@
 """What the ranks that `distributed.launch` forks have imported already: it takes longer than most of what they do."""
 
 import balcap_mega.training.run
-from balcap_mega.rollout.vllm_runtime import import_vllm
+from balcap_mega.rollout.vllm_runtime.process import import_vllm
 
 import_vllm()
 

@@ -36,7 +36,7 @@ def checksums(rectangles: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _checksum(values: Tensor, dtype: torch.dtype) -> Tensor:
     integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    total = torch.zeros(2, dtype=torch.int64, device="cpu")  # vLLM 0.24 makes its GPU the default while it updates
+    total = torch.zeros(2, dtype=torch.int64, device="cpu")  # whatever the default device is
     position = 0
     for rows in values.split(max(CHECKSUM_CHUNK // max(values.shape[1], 1), 1)):
         bits = rows.to(dtype).contiguous().view(integers).flatten().long()
