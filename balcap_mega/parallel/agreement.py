@@ -1,4 +1,4 @@
-"""One answer on all ranks: what any of them saw, what all of them have done, what the first one found. Collectives."""
+"""Collectives after which all ranks have the same answer: of any rank, of all ranks, or of rank 0."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,17 +15,20 @@ Value = TypeVar("Value")
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank if `flag` is on one of them; the ranks agree through a tensor on `device`."""
+    """True on every rank if `flag` is True on at least one. The collective runs on a tensor on `device`."""
     return _reduced(flag, device, torch.distributed.ReduceOp.MAX)
 
 
 def all_ranks(flag: bool, device: torch.device) -> bool:
-    """True on every rank if `flag` is on each of them."""
+    """True on every rank if `flag` is True on all of them. The collective runs on a tensor on `device`."""
     return _reduced(flag, device, torch.distributed.ReduceOp.MIN)
 
 
 def from_first_rank(value: Value) -> Value:
-    """Rank 0's `value` on every rank: what stands on a shared disk may be seen later by another host."""
+    """Rank 0's `value`, which is pickled, on every rank.
+
+    For what is read off a shared disk: another host may see a new file later than rank 0 does.
+    """
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
@@ -33,10 +36,12 @@ def from_first_rank(value: Value) -> Value:
 
 @contextmanager
 def failing_together(device: torch.device, waiting: AbstractContextManager[None] | None = None) -> Iterator[None]:
-    """What fails inside on one rank fails on all: there by its own error, elsewhere by a UserError that names the rank.
+    """If the body raises on one rank, all ranks raise: that one its own error, the others a UserError that names it.
 
-    A collective at its end, through `device`. Inside, no rank may wait for another that could have failed. Who waits at
-    the end for the others does so within `waiting`: a phase of its own, so that the watchdog tells who is behind.
+    Leaving the body is a collective on `device`. Inside, no rank may wait for a rank that could have failed.
+
+    waiting: entered while this rank waits for the others at the end. By default that is a phase `agreement`, by which
+             the watchdog tells a rank that waits from the rank that it waits for.
     """
     error: Exception | None = None
     try:
@@ -56,7 +61,7 @@ def failing_together(device: torch.device, waiting: AbstractContextManager[None]
 
 
 def _described(error: Exception) -> tuple[str, str]:
-    """Problem and remedy, as the other ranks say them."""
+    """Problem and remedy for the UserError of the other ranks."""
     if isinstance(error, UserError):
         return f"{this_rank()}: {error.problem}", error.remedy
     return f"{this_rank()}: {type(error).__name__}: {error}", "see the traceback of that rank"

@@ -1,4 +1,4 @@
-"""Host memory for what leaves a device for a while."""
+"""Host memory that holds a copy of device tensors."""
 
 from collections.abc import Iterable, Iterator
 
@@ -17,7 +17,10 @@ class HostMemory:
         self._blocks: list[Tensor] = []
 
     def beside(self, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Equally long stretches of bytes, of here and of [n] uint8 `tensors`, which lie here one after another."""
+        """Pairs of views of equal length, (in host memory, in one of `tensors`), in order: copy either way.
+
+        tensors: each [n] uint8. They take up the host memory one after another, from its start, as it grows to fit.
+        """
         at = 0
         for tensor in tensors:
             done, size = 0, len(tensor)

@@ -1,4 +1,4 @@
-"""Memory that the optimizer gives up between updates: its state moves to the host and comes back bit for bit.
+"""The optimizer's state moves to the host between updates, which frees device memory, and comes back bit for bit.
 
 Megatron-Core 0.16's own `MegatronOptimizer.offload_to_cpu` replaces tensors by copies. That breaks the link between a
 float32 parameter and its shard in the optimizer, which share memory, and brings the step counter of PyTorch's AdamW
@@ -19,15 +19,16 @@ from balcap_mega.parallel.platform import Platform, calls_megatron
 
 
 def shares_device(config: ParallelConfig, platform: Platform) -> bool:
-    """Whether engine and learner use the device's memory one after the other, as `parallel.offload` says."""
+    """Whether the learner's state is offloaded while the engine runs, as `parallel.offload` says."""
     return platform.is_cuda if config.offload == "auto" else config.offload == "always"
 
 
 class OptimizerOffload:
-    """Gradient buffers, float32 weights and moments of one optimizer, on the device or away from it.
+    """Gradient buffers, float32 weights and moments of one optimizer, on the device or in host memory.
 
-    Gradients are dropped: every step begins by zeroing them. The rest is copied to host memory, pinned where the device
-    is a GPU, which is allocated once and kept. Weights stay where they are: the engine's copy is made from them.
+    Gradients are dropped, since every step begins by zeroing them. Float32 weights and moments are copied to host
+    memory, which is allocated once and kept, pinned where the device is a GPU. The policy's own weights stay on the
+    device, since the refit reads them there.
     """
 
     def __init__(self, model: DistributedDataParallel, optimizer: MegatronOptimizer, device: torch.device):
@@ -38,7 +39,7 @@ class OptimizerOffload:
 
     @calls_megatron
     def offload(self) -> None:
-        """Free the device memory. Does nothing when that is done already."""
+        """Copy the state to the host and free its device memory. Does nothing when it is offloaded."""
         if self.is_offloaded:
             return
         self._away = [(storage, storage.nbytes()) for storage in self._storages()]
@@ -52,7 +53,7 @@ class OptimizerOffload:
 
     @calls_megatron
     def onload(self) -> None:
-        """Bring it all back, gradients as zeros. Does nothing when it is back."""
+        """Copy the state back to the device, gradients as zeros. Does nothing when it is there."""
         if not self.is_offloaded:
             return
         self._model.restore_grad_buffers()
@@ -66,7 +67,7 @@ class OptimizerOffload:
 
     @property
     def host_bytes(self) -> int:
-        """What waits on the host: float32 weights and moments, while they are away."""
+        """Bytes of float32 weights and moments in host memory; 0 while they are on the device."""
         return sum(size for _, size in self._away)
 
     def _storages(self) -> list[torch.UntypedStorage]:
@@ -86,7 +87,7 @@ class OptimizerOffload:
         return [storage for address, storage in found.items() if address not in kept]
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Equally long stretches of bytes: on the host, and on the device."""
+        """Pairs of uint8 views of equal length: (in host memory, on the device)."""
         nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
         return self._host.beside(nothing.new_empty(0).set_(storage) for storage, _ in self._away)
 

@@ -1,4 +1,4 @@
-"""What a GPU's tensor cores can do at most: what a model-FLOPs utilisation is a share of."""
+"""Peak FLOP/s of GPUs' tensor cores, which model-FLOPs utilisation (MFU) is a share of."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,7 @@ class Peak:
     fp8: float | None
 
     def of(self, format: Format) -> float | None:
-        """None for float32 too: whether its products run as TF32 is not known here."""
+        """FLOP/s in that format. None for float32 as well: whether its products run as TF32 is not known here."""
         return {"bfloat16": self.bfloat16, "fp8": self.fp8}.get(format)
 
 
@@ -29,14 +29,14 @@ PEAKS = {
     "H200": H100,
     "A100": Peak(312e12, None),
 }
-"""By what stands in the device's name; the first that does counts."""
+"""By a part of the device's name. The first key that the name contains counts."""
 
 
 def peak_of(name: str) -> Peak | None:
-    """Of the GPU of that name, as `torch.cuda.get_device_name` has it; None for one that is not known."""
+    """Peak of the GPU with that name (`torch.cuda.get_device_name`); None for an unknown one."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def device_peak(device: torch.device) -> Peak | None:
-    """Of this device; None for a CPU, or a GPU that is not known."""
+    """Peak of `device`; None for a CPU and for an unknown GPU."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -47,14 +47,14 @@ class Platform:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
     def megatron(self) -> AbstractContextManager[None]:
-        """Redirects Megatron-Core to the CPU there, does nothing on CUDA; for who calls its objects directly."""
+        """Inside, Megatron-Core runs on the CPU if that is the device. Functions use `calls_megatron` instead."""
         return _redirects(self.backend)
 
 
 def calls_megatron(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Decorates every function of ours that calls Megatron-Core, so that no caller has to think of the redirects.
+    """Decorator for functions that call Megatron-Core: inside, it is redirected to the CPU where that is the device.
 
-    The function needs torch.distributed, whose backend says which device this process trains on.
+    torch.distributed must be initialised: its backend says which device this process trains on.
     """
 
     @wraps(function)

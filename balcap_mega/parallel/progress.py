@@ -1,6 +1,6 @@
-"""Where this process is: the phase of the step it is in, and when it last got on.
+"""Which phase of which step this process is in, and a count of the work it has finished.
 
-Written by the code that works, told to the other ranks by `balcap_mega.training.guard.watchdog`.
+The code that does the work writes them. `balcap_mega.training.guard.watchdog` reads them and sends them to other ranks.
 """
 
 import time
@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Position:
-    """phase: by name. step: from 0, None outside of steps. since: when it was entered, by `time.monotonic`.
-
-    number: of entries and exits so far. All ranks run the same program, so the least number is the furthest behind.
+    """phase:  its name
+    step:   from 0; None outside of steps
+    number: how many phases were entered and left so far. All ranks run the same program, so the rank with the smallest
+            number is the furthest behind.
+    since:  when the phase was entered, in seconds of `time.monotonic`
     """
 
     phase: str
@@ -23,7 +25,7 @@ class Position:
 
 
 class Progress:
-    """`marks` counts every sign of getting on, so that one who watches sees whether there were any."""
+    """position: where the process is. marks: how many phases and pieces of work were begun or finished so far."""
 
     def __init__(self) -> None:
         self.position = Position("start")
@@ -31,9 +33,9 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-        """Inside, the process is in phase `name`, of the surrounding phase's step unless told another.
+        """Inside, the process is in phase `name`, and in `step` or, if None, in the surrounding phase's step.
 
-        An exception leaves the position as it is: it tells where the process failed.
+        An exception leaves the position as it is, so that it says where the process failed.
         """
         outer = self.position
         self._enter(name, outer.step if step is None else step)
@@ -41,7 +43,7 @@ class Progress:
         self._enter(outer.phase, outer.step)
 
     def mark(self) -> None:
-        """Something was finished: a microbatch, a caption, a judgement, a tensor read or written."""
+        """Count one finished piece of work: a microbatch, a caption, a judgement, a tensor read or written."""
         self.marks += 1
 
     def _enter(self, phase: str, step: int | None) -> None:
@@ -50,4 +52,4 @@ class Progress:
 
 
 progress = Progress()
-"""This process's own."""
+"""The position of this process."""

@@ -1,4 +1,4 @@
-"""How the ranks of one start of a job find one another, and nobody else."""
+"""Rendezvous of a job's ranks that keeps apart the successive starts of the same job."""
 
 import time
 import uuid
@@ -13,18 +13,19 @@ POLL_SECONDS = 0.05
 
 
 def job_store(timeout: timedelta) -> tuple[Store, int, int]:
-    """The store of this very start of the job, this rank and the number of ranks, as torchrun's environment has them.
+    """(store for this start of the job, this rank, number of ranks), from torchrun's environment.
 
-    torchrun keeps one store for all the times it restarts the ranks. Whoever is early reads there what an earlier start
-    left behind: gloo connects to dead processes, and a watchdog ends the run once more. So each start agrees on a name
-    of its own and lives under that. Raises UserError for ranks that do not come within `timeout`.
+    torchrun keeps one store over all restarts of the ranks. A rank that comes early would read keys there that belong
+    to an earlier start: gloo would connect to dead processes, and the watchdog would end the run again. Therefore the
+    ranks of each start agree on a name and put it before all their keys. Raises UserError, naming them, if ranks do
+    not come within `timeout`.
     """
     store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
     return PrefixStore(agree_on_name(store, rank, world, timeout.total_seconds()), store), rank, world
 
 
 def agree_on_name(store: Store, rank: int, world: int, seconds: float) -> str:
-    """Rank 0's name, told to each other rank in reply to a greeting that no earlier start can have sent."""
+    """A name that rank 0 draws. It sends it to each rank in reply to a greeting, which is new at every start."""
     own = uuid.uuid4().hex
     if rank > 0:
         store.set(f"greeting/{rank}", own)

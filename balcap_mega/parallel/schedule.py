@@ -1,4 +1,4 @@
-"""The pipeline schedule: microbatches through forward and backward, without pipelining or as 1F1B, by Megatron-Core."""
+"""Megatron-Core's schedule of forward and backward passes over microbatches: 1F1B, or one by one without pipeline."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -27,8 +27,8 @@ def run_schedule(
 ) -> list[Metrics]:
     """Run every microbatch and, unless `forward_only`, leave the step's gradient in the parameters' `main_grad`.
 
-    forward(model, microbatch): this stage's output (on the last stage, whatever the model's objective returned) and the
-        function that makes the loss of it, which is called on the last stage only.
+    forward(model, microbatch): returns this stage's output (on the last stage: what the model's objective returned) and
+        a function that computes the loss from it. That function is called on the last stage only.
 
     Gradients are those of sum(loss) / sum(normaliser), both over all microbatches and data-parallel ranks
     (`calculate_per_token_loss`; the division is done once, in `finalize_model_grads`), so a step's gradient does not

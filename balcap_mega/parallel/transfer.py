@@ -1,4 +1,4 @@
-"""From the host to the device without a wait: the host goes on to queue work while the device is still at the last."""
+"""Copies from the host to the device that do not block the host."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device`, through pinned memory; the tensor itself where it is there already.
+    """`tensor` on `device`, copied through pinned memory; the tensor itself if it is there already.
 
-    Out of pageable memory CUDA copies only once all that was queued before is done, and the host waits for it.
+    A copy from pageable memory would block the host until the device has done all work queued before.
     """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
@@ -17,7 +17,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def concatenated(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Tensors of the host one behind the other, in the dtype and on the device of `like`."""
+    """Host tensors [n_i, ...] concatenated to [sum of n_i, ...], in the dtype and on the device of `like`."""
     shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
     host = torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
     for part, tensor in zip(host.split(list(map(len, tensors))), tensors, strict=True):

@@ -1,4 +1,4 @@
-"""A second set of weights beside the policy's, for the KL to where a run began."""
+"""A second set of weights in host memory: the reference policy of the KL term."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,9 @@ from balcap_mega.parallel.host_memory import HostMemory
 
 
 class OtherWeights:
-    """The trained weights of `policy` as they are now, in host memory; frozen ones need no second copy.
+    """A copy in host memory of `policy`'s trained weights, as they are on construction. Frozen ones are not copied.
 
-    They change places with the policy's own, a stretch of at most `host_memory.BLOCK_BYTES` at a time, so there is
-    never a third copy.
+    `in_place` swaps the two sets, at most `host_memory.BLOCK_BYTES` at a time, so there is never a third copy.
     """
 
     def __init__(self, policy: nn.Module):
@@ -24,7 +23,7 @@ class OtherWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the policy has these weights."""
+        """Inside, the policy has the copied weights."""
         self._exchange()
         try:
             yield
