@@ -1,4 +1,4 @@
-"""A step's prompts shared out over the engines, and everybody's rollouts gathered again."""
+"""Shares a step's prompts out over the engines, and gathers their rollouts on every rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Replica:
-    """Which engine this rank is part of. vLLM's tensor-parallel groups are consecutive ranks."""
+    """The engine that this rank is part of; vLLM's tensor-parallel groups are consecutive ranks.
+
+    index:       of this rank's engine, from 0
+    count:       how many engines the job has
+    tensor_rank: this rank's place within its engine
+    """
 
     index: int
     count: int
@@ -20,7 +25,7 @@ class Replica:
 
     @classmethod
     def current(cls, tensor_parallel: int) -> "Replica":
-        """By torch.distributed's rank and world size; `config.preflight` has checked that the world divides."""
+        """This rank's, from torch.distributed. `config.preflight` has checked that the world size divides."""
         if not torch.distributed.is_initialized():
             return cls(0, 1, 0)
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -32,14 +37,14 @@ class Replica:
         return self.tensor_rank == 0
 
     def shard(self, items: Sequence[Item]) -> list[Item]:
-        """This replica's share: every `count`-th prompt, so that neighbours of like length spread over replicas."""
+        """This replica's share: every `count`-th item, so that prompts of one length in a row spread over replicas."""
         return list(items[self.index :: self.count])
 
     def gather(self, mine: Sequence[Result]) -> list[Result]:
-        """What all replicas made of a step's prompts, in the prompts' order, on every rank. A collective.
+        """The results of all replicas, in the order of the step's prompts, on every rank. A collective.
 
-        mine: the replica's results in the order of `shard(prompts)`, of which only the leader's count. Keep them small
-        (they are pickled): token ids, logprobs and text, no pixels.
+        mine: this replica's results in the order of `shard(prompts)`; other ranks than the leader may pass anything.
+              They are pickled, so keep them small: token ids, logprobs and text, no pixels.
         """
         if not torch.distributed.is_initialized():
             return list(mine)

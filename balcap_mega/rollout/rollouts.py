@@ -1,4 +1,4 @@
-"""What the rollout stage yields: G sampled captions for each prompt, with the engine's own logprobs."""
+"""The result of the rollout stage: G sampled captions of each prompt, with the engine's logprobs."""
 
 from dataclasses import dataclass
 
@@ -25,12 +25,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SeenRecord:
-    """Which record a rank has loaded, so that ranks can tell whether they mean the same one.
+    """Identifies a record as one rank loaded it, so that ranks can compare what they loaded.
 
-    index:  finds it in its dataset, on whatever rank
-    id:     `CaptionRecord.id`; a dataset that replaced a corrupt picture gives another record's
-    pixels: `CaptionRecord.pixels`
-    by:     the rank and its host
+    index:  of the record in the dataset, the same on all ranks
+    id:     `CaptionRecord.id`; of another record if the dataset replaced one whose picture is corrupt
+    pixels: `CaptionRecord.pixels`, a digest
+    by:     the rank that loaded it, and its host
     """
 
     index: int

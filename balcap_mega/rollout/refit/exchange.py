@@ -1,7 +1,7 @@
-"""How a bucket's pieces get from rank to rank: read in place where ranks share memory, else by the process group.
+"""Two ways to get a bucket's pieces from rank to rank: reading shared memory in place, or the process group.
 
-Both are used alike, on every rank and bucket after bucket: `launch(k + 1)`, then `receive(k)`, whose tensors are read
-before `launch(k + 2)`. So bucket k + 1 is prepared while k is written, and two buckets are the most memory it takes.
+Every rank calls both in the same way, bucket after bucket: `launch(k + 1)`, then `receive(k)`, whose tensors are valid
+until `launch(k + 2)`. So bucket k + 1 is under way while k is written, and never more than two are in memory.
 """
 
 import time
@@ -19,19 +19,20 @@ Sources = Callable[[Sequence[Piece]], list[Tensor]]
 
 
 class Exchange(Protocol):
-    """buffer_bytes: the memory it takes, both buckets together."""
+    """buffer_bytes: memory that the two buckets take together."""
 
     buffer_bytes: int
 
     def launch(self, number: int) -> None:
-        """Pack what this rank sends in bucket `number`, and set it off."""
+        """Pack this rank's pieces of bucket `number`, and start sending them."""
 
     def receive(self, number: int) -> list[Tensor]:
         """Bucket `number`'s `receives`, [rows, cols] each. Raises TimeoutError where another rank stays silent."""
+        ...
 
 
 class ProcessGroupExchange:
-    """One all-to-all a bucket, over whatever links the backend has."""
+    """One all-to-all of the process group for each bucket."""
 
     def __init__(
         self, transfers: Transfers, sources: Sources, dtype: torch.dtype, device: torch.device, timeout: float
@@ -66,12 +67,12 @@ class ProcessGroupExchange:
 
 
 class PeerExchange:
-    """Every rank reads the others' parameters where they stand: no rank waits for another between start and end."""
+    """Every rank reads the others' parameters in shared memory; no rank waits for another between start and end."""
 
     buffer_bytes = 0
 
     def __init__(self, transfers: Transfers, parameters: Mapping[tuple[int, str], Tensor]):
-        """parameters: what `share_parameters` found of the other ranks'."""
+        """parameters: the other ranks' parameters, by (rank, name), as `share_parameters` returns them."""
         self._buckets, self._parameters = transfers.buckets, parameters
 
     def launch(self, number: int) -> None:
@@ -85,13 +86,16 @@ class PeerExchange:
 
 
 def meet(device: torch.device, timeout: float) -> None:
-    """Return when every rank is here. Raises TimeoutError where one never comes, having died or stalled on its own."""
+    """A barrier. Raises TimeoutError where a rank does not come within `timeout` seconds."""
     if world_size() > 1:
         wait(torch.distributed.all_reduce(torch.zeros(1, device=device), async_op=True), timeout)
 
 
 def wait(work: torch.distributed.Work, timeout: float) -> None:
-    """Wait at most `timeout` seconds. NCCL's own wait returns at once and leaves a dead peer to its watchdog."""
+    """Wait for `work`, at most `timeout` seconds; then raise TimeoutError.
+
+    NCCL's own `wait` returns at once, and only its watchdog would notice a dead peer.
+    """
     deadline = time.monotonic() + timeout
     while not work.is_completed():
         if time.monotonic() > deadline:
@@ -101,7 +105,10 @@ def wait(work: torch.distributed.Work, timeout: float) -> None:
 
 
 def all_to_all(send: Tensor, sends: list[int], received: Tensor, receives: list[int]) -> torch.distributed.Work:
-    """Every rank's share of `send`, in rank order, to that rank; bytes, which every backend can carry."""
+    """Send `sends[r]` elements of `send` to each rank r, in rank order, and fill `received` likewise.
+
+    The tensors travel as bytes, a dtype that every backend has.
+    """
     size = send.element_size()
     return torch.distributed.all_to_all_single(
         received.view(torch.uint8),
@@ -113,7 +120,7 @@ def all_to_all(send: Tensor, sends: list[int], received: Tensor, receives: list[
 
 
 def split_sizes(amounts: Iterable[tuple[int, int]]) -> list[int]:
-    """The sum of the amounts that go to each rank."""
+    """[world size]: for each rank the sum of its amounts, given as (rank, amount)."""
     sizes = [0] * world_size()
     for rank, amount in amounts:
         sizes[rank] += amount
@@ -125,6 +132,6 @@ def world_size() -> int:
 
 
 def _unpack(buffer: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
-    """Views of `buffer`, one after the other, as [rows, cols] of each piece."""
+    """Consecutive views of the flat `buffer`, one for each piece, [rows, cols]."""
     parts = buffer.split([piece.elements for piece in pieces]) if pieces else ()
     return [part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)]

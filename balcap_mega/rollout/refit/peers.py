@@ -1,4 +1,4 @@
-"""The parameters of the other ranks of a host, read where they stand: no buffer, no packing, no turn to wait for."""
+"""Shared memory through which the ranks of a host read each other's parameters, without buffers or packing."""
 
 import mmap
 import os
@@ -15,7 +15,10 @@ TOKEN_BYTES = 16
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor of another process: the descriptor of its storage there, and where in it the tensor stands."""
+    """A tensor of another process: the file descriptor of its storage in that process, and its place in the storage.
+
+    size: bytes of the storage. offset, stride: in elements, as torch has them
+    """
 
     descriptor: int
     size: int
@@ -27,7 +30,10 @@ class _View:
 
 @dataclass(frozen=True)
 class _Offer:
-    """What a rank tells the others of its parameters. The token stands at the start of what `descriptor` opens."""
+    """What a rank sends to the others, so that they can map its parameters.
+
+    token: random bytes that the file behind `descriptor` begins with. Who reads them there has found the right process.
+    """
 
     process: int
     descriptor: int
@@ -43,9 +49,9 @@ def share_parameters(
     parameters: what others want of this rank, on the CPU; their storages move to shared memory, in place, so that all
                 views of them follow. That memory has no name, and goes with the last process that maps it.
 
-    None on all ranks where one of them cannot reach another's, as on another host or in another container, or where
-    the host's shared memory is too small. A collective over the ranks of the job. Whoever writes to a parameter sees to
-    it that nobody reads it meanwhile.
+    A collective over the ranks of the job. Returns None on all ranks if any rank cannot open another's memory, as on
+    another host or in another container, or if the host's shared memory is too small. Callers must not write to a
+    parameter while another rank reads it.
     """
     cpu = torch.device("cpu")
     if not all_ranks(_there_is_room(parameters), cpu):
@@ -58,14 +64,17 @@ def share_parameters(
         offers: list[_Offer] = [mine] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(offers, mine)
         mapped = _map(offers, wanted)
-        # Nobody closes its descriptor before all have opened it.
+        # This rank keeps its descriptor open until all ranks have opened it.
         return mapped if all_ranks(mapped is not None, cpu) else None
     finally:
         os.close(descriptor)
 
 
 def _there_is_room(parameters: Mapping[str, Tensor]) -> bool:
-    """For all ranks' parameters, as if they shared this host: what is not there would be a bus error at first touch."""
+    """Whether shared memory has room for all ranks' parameters, as if all were on this host.
+
+    Too little room would show only as a bus error, when a page is first touched.
+    """
     storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in parameters.values())}
     needed = torch.tensor(sum(storage.nbytes() for storage in storages.values() if not storage.is_shared()))
     torch.distributed.all_reduce(needed)
@@ -79,7 +88,7 @@ def _view(tensor: Tensor) -> _View:
 
 
 def _map(offers: list[_Offer], wanted: Collection[tuple[int, str]]) -> dict[tuple[int, str], Tensor] | None:
-    """None where a process is not there, or its number is another process's here."""
+    """None if a process cannot be reached, or if its id belongs to another process on this host."""
     storages: dict[tuple[int, int], Tensor] = {}
     tensors = {}
     try:

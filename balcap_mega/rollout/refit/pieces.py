@@ -1,4 +1,4 @@
-"""Rectangles of live parameters: what the trainer's and the engine's side of a refit share."""
+"""Rectangles of parameters and their checksums, which both sides of a refit use."""
 
 from dataclasses import dataclass
 
@@ -11,25 +11,28 @@ CHECKSUM_CHUNK = 2**22
 
 
 class CorruptPieces(ValueError):
-    """Pieces that are not what was sent."""
+    """The checksum of a piece differs from its sender's."""
 
 
 @dataclass(frozen=True)
 class Write:
-    """`values` [rows, cols] go to `place` of the engine's parameters."""
+    """Copy `values` [rows, cols] to `place` in the engine's parameters."""
 
     place: Place
     values: Tensor
 
 
 def rectangle(parameter: Tensor, place: Place) -> Tensor:
-    """A view of [rows, cols] of `parameter`, a vector being one column and a convolution [outputs, the rest]."""
+    """A view [rows, cols] of `parameter`, of which a vector is one column and a convolution is [outputs, -1]."""
     (top, bottom), (left, right) = place.rows, place.cols
     return parameter.detach().view(parameter.shape[0], -1)[top:bottom, left:right]
 
 
 def checksums(rectangles: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """[n, 2] int64, on the CPU: of each rectangle's bits, as numbers of `dtype`, sum and sum weighted by position."""
+    """[n, 2] int64 on the CPU: for each rectangle the sum of its elements' bits, plain and weighted by position.
+
+    dtype: what elements are cast to first; their bits count as an integer of that size
+    """
     empty = torch.zeros(0, 2, dtype=torch.int64, device="cpu")
     return torch.stack([_checksum(values, dtype) for values in rectangles]) if rectangles else empty
 

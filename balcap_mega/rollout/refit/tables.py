@@ -1,4 +1,4 @@
-"""What every rank of the job holds on either side of a refit: Megatron's tables beside vLLM's."""
+"""Tables of the blocks that every rank holds on both sides of a refit: in Megatron's layout and in vLLM's."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from balcap_mega.rollout.refit.transfers import Transfers, find_transfers
 
 @dataclass(frozen=True)
 class RefitTables:
-    """Which shard of either side each of `world_size` ranks has.
+    """The tables of all `world_size` ranks.
 
     Megatron numbers ranks with tensor parallelism fastest, then data, then pipeline; the ranks of
     one vLLM engine are consecutive.

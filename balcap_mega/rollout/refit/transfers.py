@@ -106,7 +106,7 @@ def find_transfers(
     bucket_elements: int,
     skip: Collection[str] = (),
 ) -> Transfers:
-    """This rank's part of moving what `targets[r]` lists, for every rank r, out of what `sources[r]` lists.
+    """Work out how every rank r gets the blocks of `targets[r]` from the blocks of `sources`; return `rank`'s part.
 
     sources:         for each rank, its Megatron table; blocks of one tensor are either equal or disjoint
     targets:         for each rank, its vLLM table
@@ -140,7 +140,7 @@ Rectangle = tuple[Span, Span]
 """(rows, columns) of a Hugging Face tensor."""
 
 Holders = dict[Rectangle, dict[int, list[Place]]]
-"""Of one tensor: rectangle -> rank -> where that rank has it."""
+"""For one tensor: rectangle -> rank -> that rank's places of it."""
 
 
 def _by_tensor(tables: Sequence[Sequence[Block]], skip: Collection[str]) -> dict[str, Holders]:
@@ -154,9 +154,9 @@ def _by_tensor(tables: Sequence[Sequence[Block]], skip: Collection[str]) -> dict
 
 
 def _interleaved(held: dict[str, Holders], wanted: dict[str, Holders]) -> list[str]:
-    """The tensors in an order that takes turns between the sets of ranks that hold them, such as pipeline stages.
+    """The tensors' names, ordered so that neighbours come from different holders, such as pipeline stages.
 
-    Otherwise one stage after the other would send, while the links of all others idle.
+    In the tables' own order one stage after another would send, while the links of the other stages are idle.
     """
     groups: dict[frozenset[int], list[str]] = defaultdict(list)
     for name in wanted:
@@ -178,7 +178,7 @@ def _intersection(one: Rectangle, other: Rectangle) -> Rectangle:
 
 
 def _cut(place: Place, whole: Rectangle, part: Rectangle) -> Place:
-    """Where `part` stands, given that `whole` stands at `place`."""
+    """The place of `part`, a rectangle within `whole`, which is at `place`."""
     (top, bottom), (left, right) = part
     row, col = place.rows[0] - whole[0][0], place.cols[0] - whole[1][0]
     return Place(place.parameter, (top + row, bottom + row), (left + col, right + col))
@@ -186,7 +186,7 @@ def _cut(place: Place, whole: Rectangle, part: Rectangle) -> Place:
 
 @dataclass(frozen=True)
 class _TensorExchange:
-    """All pieces of one tensor, for whatever band of its rows."""
+    """All pieces of one tensor, within any band of its rows."""
 
     name: str
     held: Holders

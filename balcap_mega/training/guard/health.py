@@ -1,7 +1,7 @@
-"""Nothing wrong goes unnoticed: the numbers of updates and steps against the bounds of `HealthConfig`.
+"""Checks the numbers of updates and steps against the bounds of `HealthConfig`.
 
-`Health.accepts` looks at an update before it is applied, `Health.observe` at a finished step and at those before it.
-Both see numbers that are the same on all ranks, so that all ranks decide the same.
+`Health.accepts` checks an update before it is applied, `Health.observe` a finished step and those before it. Their
+numbers are the same on all ranks, so all ranks decide alike.
 """
 
 import math
@@ -17,12 +17,12 @@ from balcap_mega.training.learner import UpdateResult
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong.
+    """A check that failed.
 
     check:  the key below `health` that sets bound and policy
-    step:   the number of steps done with this one, as in metrics.jsonl
-    value:  what is past `bound`
-    sound:  the policy is as good as ever, and worth a checkpoint
+    step:   counted from 1, as in metrics.jsonl
+    value:  the number that is past `bound`
+    sound:  whether the weights are good nevertheless, so that a checkpoint of them is worth keeping
     """
 
     check: str
@@ -39,7 +39,7 @@ class Finding:
 
 
 class Unhealthy(UserError):
-    """Ends a run as its `HealthConfig` asks."""
+    """A check with the policy "stop" failed. It ends the run."""
 
     def __init__(self, finding: Finding):
         super().__init__(f"step {finding.step}, {finding}", remedy=finding.remedy)
@@ -47,7 +47,11 @@ class Unhealthy(UserError):
 
 @dataclass(frozen=True)
 class Trend:
-    """A metric that may be past its bound in some step, but not in `check.steps` steps in a row."""
+    """A check that fails once a metric is past its bound in `check.steps` steps in a row.
+
+    past:    past(value, bound) says whether a value is
+    meaning: of such a value, for the message
+    """
 
     name: str
     metric: str
@@ -63,23 +67,24 @@ class Trend:
 
 
 class Health:
-    """The checks of one run, and what they remember.
+    """The checks of one run and their state.
 
-    streaks: by trend (`key`), the number of steps in a row that its metric has been past its bound. It follows from the
-        rows of metrics.jsonl (`replay`): a run that goes on warns and stops as if it had never been interrupted.
+    streaks: by a trend's `key`, for how many steps in a row its metric has been past its bound. `replay` restores them
+        from metrics.jsonl, so that a resumed run warns and stops as one without the interruption.
     """
 
     def __init__(self, config: HealthConfig, weights: Mapping[str, float]):
-        """weights: of the reward components; one that does not count may be as constant as it likes."""
+        """weights: of the reward components by name; only those of positive weight are checked."""
         self.config = config
         self.trends = _trends(config, [name for name, weight in weights.items() if weight > 0])
         self.streaks: dict[str, int] = {}
         self._of_this_step: list[Finding] = []
 
     def accepts(self, step: int, result: UpdateResult, mismatch: float | None = None) -> bool:
-        """Whether to apply an update of `step`; one that is not is left out. Raises Unhealthy by policy.
+        """Whether to apply an update of `step`, by the policy of its checks. Raises Unhealthy where that is "stop".
 
-        mismatch: of engine and trainer at equal weights, where the update's captions come from older ones
+        mismatch: mean difference of the engine's and the trainer's logprobs at equal weights. Pass it where the
+                  update's captions come from older weights, so that `result` holds no such number.
         """
         finding = _wrong_with(step, result, self.config, mismatch)
         if finding is None:
@@ -90,8 +95,7 @@ class Health:
         return finding.policy == "warn"
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
-        """What is wrong with a finished step: what `accepts` found in it, and each trend that has just lasted for the
-        steps it may, or as many again."""
+        """Findings of a finished step: those of `accepts`, and each trend whose streak is a multiple of its `steps`."""
         self._count(metrics)
         findings, self._of_this_step = self._of_this_step, []
         for trend in self.trends:
@@ -104,7 +108,7 @@ class Health:
         return findings
 
     def replay(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """See the steps of an earlier process again."""
+        """Restore `streaks` from rows of metrics.jsonl."""
         for row in rows:
             self._count(row)
 

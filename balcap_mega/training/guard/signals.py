@@ -1,4 +1,4 @@
-"""Ending early, and ending with the launcher: SIGINT, SIGTERM and SLURM's SIGUSR1 stop a run where nothing is lost."""
+"""Stops a run between two updates on SIGINT, SIGTERM or SLURM's SIGUSR1, and ends a rank when its launcher dies."""
 
 import ctypes
 import os
@@ -15,15 +15,15 @@ PR_SET_PDEATHSIG = 1
 
 
 class Stopped(Exception):
-    """Raised on all ranks at once, between two updates: the weights are those of a whole number of steps."""
+    """The run was asked to stop. Raised on all ranks at once, between two steps."""
 
 
 class StopRequest:
-    """Remembers a signal; `check()` is a collective, so that every rank stops at the same place.
+    """Takes note of a signal. `check` makes all ranks stop at the same place.
 
-    A signal counts from the moment it arrives, even while the main thread is deep inside a kernel or a collective,
-    where Python's own handlers would have to wait. `grace_seconds` later the process ends with status 0, wherever it
-    is: the scheduler would kill it next, and the last checkpoint is as good as before.
+    A thread reads the signals, so that one counts from its arrival even while the main thread is inside a kernel or a
+    collective, where Python's own handlers would have to wait. The process exits with status 0 if it has not stopped
+    `grace_seconds` later: the scheduler would kill it next, and the last checkpoint is valid.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -39,7 +39,7 @@ class StopRequest:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def check(self, device: torch.device) -> None:
-        """Raise Stopped on all ranks as soon as one of them was asked to stop; they agree through `device`."""
+        """Raise Stopped on all ranks if any of them was asked to stop. A collective on `device`."""
         if any_rank(self.received is not None, device):
             raise Stopped(self.received.name if self.received else "a signal to another rank")
 
@@ -62,7 +62,7 @@ class StopRequest:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torchrun dies; left alone, it would train on beside the run started next."""
+    """Have the kernel kill this rank when torchrun dies: it would otherwise train on, beside a run started anew."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     launcher = os.getppid()
@@ -72,4 +72,4 @@ def end_with_launcher() -> None:
 
 
 def _nothing(number: int, frame) -> None:
-    """A handler, so that the signal does not kill; what is done about it happens in `StopRequest._listen`."""
+    """A handler that keeps the signal from killing the process; `StopRequest._listen` acts on the signal."""

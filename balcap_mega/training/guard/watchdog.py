@@ -1,14 +1,15 @@
-"""Ends a run that stands still: every rank prints its stacks, then one line says which rank is where, and since when.
+"""Ends a run that hangs: every rank prints its stacks, then one line says where each rank is, and for how long.
 
-On each rank a thread tells the others, through the job's rendezvous store, where the rank is (`parallel.progress`). It
-needs neither collectives nor the main thread, which may sit in native code for ever. The run ends when
+A thread on each rank writes the rank's position (`parallel.progress`) to the job's rendezvous store. It needs neither
+collectives nor the main thread, which may be stuck in native code. It ends the run when
 
-- a rank is silent: its heartbeat stopped because it died, was stopped, or lost its machine. Each rank listens to the
-  next one only, so that a beat costs the same in a job of any size;
-- the run is stuck: no rank has finished anything. One that waits for a slow one is not stuck, as the slow one gets on.
+- a rank is silent: its heartbeat stopped because the process died or was stopped, or because its machine was lost.
+  Each rank checks only the next one, so that a heartbeat costs the same in a job of any size;
+- the run is stuck: no rank has finished any piece of work for a while. Ranks that wait for a slow rank do not make a
+  run stuck, since the slow rank still finishes work.
 
-The collectives' own timeout is longer (`collective_timeout`): NCCL's, which ends in an abort that names nobody, is for
-the case that this thread is gone too.
+Collectives have a longer timeout (`collective_timeout`). NCCL's ends in an abort that names no rank, and is left for
+the case that this thread is gone as well.
 """
 
 import faulthandler
@@ -39,26 +40,32 @@ JUDGE_MARGIN = 30.0  # seconds by which a judge that never answers is named befo
 
 
 class Stalled(UserError):
-    """This rank waited for something that did not come: another rank, or its own engine."""
+    """This rank waited in vain for another rank, or for its own engine."""
 
 
 def stuck_seconds(config: RunConfig) -> float:
-    """How long a run may stand still: `parallel.timeout_seconds`, or as long as its judge's endpoint may take."""
+    """Seconds without progress after which a run counts as stuck.
+
+    That is `parallel.timeout_seconds`, or longer where the judge's endpoint or a reward of one's own may take longer.
+    """
     waits = config.rewards.judge == "mllm" or any(not each.judged for each in config.rewards.components.values())
     judging = patience(config.rewards) + JUDGE_MARGIN if waits else 0.0
     return max(config.parallel.timeout_seconds, judging)
 
 
 def collective_timeout(config: RunConfig) -> float:
-    """Seconds a collective may take, for the slowest rank too."""
+    """The timeout of collectives in seconds: long enough that the watchdog ends a stuck run first."""
     return 2 * stuck_seconds(config)
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank tells of itself: its `Position`, and for how many seconds it has been there.
+    """What a rank writes to the store.
 
-    ended: None while it runs, "" once it is done, else the error it ended with
+    number:   of this heartbeat, from 1
+    phase, step, position: `Position.phase`, `.step` and `.number`
+    seconds:  since the rank entered that position
+    ended:    None while the rank runs, "" once it is done, else the error it ended with
     """
 
     number: int
@@ -74,13 +81,13 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Watches from `__enter__` to `__exit__`, after torch.distributed has been set up, on every rank alike.
+    """Watches the ranks while its block runs. Every rank enters it, after torch.distributed is initialised.
 
-    An exception that leaves the block because another rank is gone, or because a wait of our own came to its end,
-    becomes a `Stalled` that says where this rank was and where the others are; any other gets a note of the place.
+    If the block raises because another rank is gone, or because one of our timeouts ran out, the exception becomes a
+    `Stalled` that says where this rank was and where the others are. Other exceptions get a note of this rank's place.
 
-    stuck_seconds:   without anything finished on any rank
-    silence_seconds: without a heartbeat of a rank
+    stuck_seconds:   how long no rank may finish anything
+    silence_seconds: how long a rank may go without a heartbeat
     """
 
     def __init__(self, *, stuck_seconds: float, silence_seconds: float):
@@ -177,7 +184,7 @@ class Watchdog:
         return now - self._seen[key][1]
 
     def _heartbeats(self) -> dict[int, Heartbeat]:
-        """The last one of every rank that ever had one."""
+        """The last heartbeat of each rank that has sent any."""
         ranks = [rank for rank in range(self.world) if self._store.check([str(rank)])]
         return {rank: Heartbeat(**json.loads(self._store.get(str(rank)))) for rank in ranks}
 
@@ -185,12 +192,12 @@ class Watchdog:
         return self._store.check([str(rank)]) and json.loads(self._store.get(str(rank)))["ended"] == ""
 
     def _declare(self, verdict: str) -> None:
-        """End the run with `verdict`, or with that of a rank that came first."""
+        """End the run with `verdict`, or with the verdict of another rank that was faster."""
         agreed = self._store.compare_set("verdict", "", verdict).decode()
         self._end(agreed, speaks=agreed == verdict)
 
     def _end(self, verdict: str, speaks: bool = False) -> None:
-        """Print this process's stacks, wait until the other ranks have too, and leave without asking anyone."""
+        """Print this process's stacks, give the other ranks time to do so, and exit with status 1."""
         faulthandler.cancel_dump_traceback_later()
         print(f"rank {self.rank} in {self._heartbeat().place}:\n{_stacks()}", file=sys.stderr, flush=True)
         time.sleep(3 * self.interval)
@@ -201,7 +208,7 @@ class Watchdog:
         os._exit(1)
 
     def _stalled(self, error: BaseException) -> Stalled | None:
-        """`error` as the end of a wait, with where everyone is; None where it is something else."""
+        """The `Stalled` for an error that ended a wait, with the ranks' places; None for any other error."""
         if isinstance(error, UserError):
             return None
         for cause in _causes(error):
@@ -219,7 +226,7 @@ class Watchdog:
         return None
 
     def _whereabouts(self) -> str:
-        """Which of the other ranks are gone, having missed two beats, and where the others are."""
+        """Which other ranks are gone, that is, missed two heartbeats, and where the rest are."""
         try:
             before = self._heartbeats()
             time.sleep(2.5 * self.interval)
@@ -233,7 +240,7 @@ class Watchdog:
 
 
 def account(beats: Mapping[int, Heartbeat]) -> str:
-    """Who is where and for how long, the furthest behind first; ranks in one place together."""
+    """Where each rank is and for how long, the furthest behind first; ranks at one place are named together."""
 
     def place(rank: int) -> tuple[int, str]:
         return beats[rank].position, beats[rank].place
@@ -258,7 +265,7 @@ def name_ranks(ranks: Iterable[int]) -> str:
 
 
 def _last(beat: Heartbeat) -> str:
-    """Where a rank was last, in the middle of a sentence about it."""
+    """Where a rank was last, as part of a sentence."""
     return f"last in {beat.place}" + (f", where it ended with {beat.ended}" if beat.ended else "")
 
 
@@ -269,14 +276,14 @@ def _causes(error: BaseException | None) -> Iterable[BaseException]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says, without the source line that gloo puts in front and the good wishes behind."""
+    """The first line of an error's text, without gloo's source line before it and its advice behind it."""
     text = re.sub(r"^\[[^]]*\.(cc|cpp|h):\d+\] ", "", str(error)).partition(". This is typically")[0]
     lines = text.strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _stacks() -> str:
-    """All threads' Python stacks, in one piece: ranks that print at the same time do not mix their lines."""
+    """The Python stacks of all threads as one text, so that lines of ranks that print at the same time do not mix."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file)
         file.seek(0)
