@@ -13,11 +13,13 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+from balcap_mega.data.questions import ChoiceQuestion
 from balcap_mega.rewards.mllm import questions
 
 SCENES = Path(__file__).parent / "data" / "judge_scenes.json"
 CAPTIONS = ((7, 6), (8, 5), (9, 5), (10, 4), (12, 3), (14, 3))  # of each scene: sentences, and assertions of each
 FACTS_OF_A_SENTENCE = 2  # that the scene's reference states
+QUESTIONS, CHOICES = 5, 4  # for utility, as `launch/prepare_data.py questions` asks for them by default
 LEFT_OUT = re.compile(r"^(There (is|are) )?(The |A |An )?|\b(a|an|the|is|are|its|his|her)\b ?", re.IGNORECASE)
 
 
@@ -85,6 +87,9 @@ class FixtureJudge:
     def language(self, data: dict) -> dict:
         return {"clarity": 8, "fluency": 9, "coherency": 7}
 
+    def answer(self, data: dict) -> dict:
+        return {"answer": next(iter(data["options"]))}
+
     def _caption(self, data: dict) -> FixtureCaption:
         text = data["caption"].split(" Take ")[0]
         return self._captions.get(text) or next(iter(self._captions.values()))
@@ -101,6 +106,20 @@ def exchanges(caption: FixtureCaption) -> list[tuple[str, dict, str]]:
         questions.language(caption.text),
     )
     return [(question.name, question.body, _written(judge(question.name, _data(question.body)))) for question in asked]
+
+
+def answer_exchanges(caption: FixtureCaption) -> list[tuple[str, dict, str]]:
+    """The same for utility: which of four scenes' assertions holds of the picture, for each of QUESTIONS assertions."""
+    scenes = json.loads(SCENES.read_text(encoding="utf-8"))
+    own = next(place for place, scene in enumerate(scenes) if scene["name"] == caption.scene)
+    judge, found = FixtureJudge(), []
+    for number in range(QUESTIONS):
+        chosen = [scenes[(own + other) % len(scenes)]["sentences"][number] for other in range(CHOICES)]
+        choices = tuple(telegram(sentence["assertions"][0]) for sentence in chosen)
+        asked = ChoiceQuestion(f"Which of these is in the picture's part {number + 1}?", choices, choices[0])
+        question = questions.answer(caption.text, asked, caption.scene)
+        found.append((question.name, question.body, _written(judge(question.name, _data(question.body)))))
+    return found
 
 
 def _data(body: dict) -> dict:

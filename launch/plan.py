@@ -8,7 +8,8 @@
     python launch/plan.py --measured ROWS.json                                     measured against predicted
     python launch/plan.py --published                                              published against predicted
 
-The judge is always charged for: the config's model on --judge-gpus GPUs beside the --nodes, one node where not given.
+The judge is always charged for what the run's rewards.components ask of it: the config's model on --judge-gpus GPUs
+beside the --nodes, one node where not given.
 Where model.path is not on this machine, its name says which released model is meant. A layout that the run would
 refuse, or that does not fit, ends with status 2 and the reason.
 """
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from balcap_mega.cli import exit_on_user_error, quiet_libraries
 from balcap_mega.config.load import load_config
 from balcap_mega.config.schema import RunConfig
+from balcap_mega.errors import UserError
 
 if TYPE_CHECKING:
     from balcap_mega.planning.judge import JudgeServers
@@ -100,6 +102,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
             caption_tokens=arguments.caption_tokens,
         )
         if arguments.budget:
+            check_judged(config)
             splits = split_nodes(planner, judge_model(arguments, config), arguments.budget, fp8=arguments.fp8)
             best = splits[0]
             planner = replace(planner, cluster=replace(cluster, nodes=best.training))
@@ -134,12 +137,25 @@ def judge_model(arguments: argparse.Namespace, config: RunConfig) -> str:
     )
 
 
+def check_judged(config: RunConfig) -> None:
+    if not config.rewards.asks_judge:
+        raise UserError(
+            "there is no judge to share the nodes with: no component of rewards.components is the judge's",
+            remedy="give the nodes with --nodes instead of --budget",
+        )
+
+
 def judge_of(
     arguments: argparse.Namespace, config: RunConfig, planner: "Planner"
-) -> "tuple[JudgeServers | None, float]":
-    """The judge that the step is charged for, and its captions a second: given, measured, or predicted."""
+) -> "tuple[JudgeServers | None, float | None]":
+    """The judge that the step is charged for, and its captions a second: given, measured, or predicted.
+
+    Neither where no component is the judge's: the planner does not know what a reward of one's own takes.
+    """
     from balcap_mega.planning.judge import JudgeServers
 
+    if not config.rewards.asks_judge:
+        return None, None
     if arguments.captions_per_second:
         return None, arguments.captions_per_second
     if arguments.judge_measured:

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from balcap_mega.config.load import load_config
+from balcap_mega.config.schema import ComponentConfig, RewardConfig
 from balcap_mega.errors import UserError
 from balcap_mega.planning import judge
 from balcap_mega.planning.hardware import Cluster
@@ -15,9 +17,11 @@ from balcap_mega.planning.judge import JudgeServers
 from balcap_mega.planning.layout import Layout
 from balcap_mega.planning.plan import Planner
 from balcap_mega.planning.search import split_nodes
+from balcap_mega.planning.workload import Workload
 
 ROOT = Path(__file__).parent.parent
 MODEL = "Qwen/Qwen2.5-VL-72B-Instruct"
+PAPERS = "precision recall linguistic"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import judge_captions  # noqa: E402
 
@@ -30,17 +34,15 @@ def planner() -> Planner:
     return Planner.of(load_config(ROOT / "configs" / "qwen2_5_vl_3b.yaml"), Cluster(1))
 
 
-def counted() -> dict[str, float]:
-    """Tokens a caption of the fixture, as the benchmark counts them."""
+def counted(exchanges) -> dict[str, Counter]:
+    """Tokens by question, as the benchmark counts them: means over the fixture's captions."""
     captions, cache = judge_captions.captions(), PrefixCache(10**9)
-    found = dict.fromkeys(("written", "read", "shared", "caption"), 0.0)
+    found = defaultdict(Counter)
     for caption in captions:
-        found["caption"] += len(token_ids(caption.text)) / len(captions)
-        for _, body, reply in judge_captions.exchanges(caption):
+        for name, body, reply in exchanges(caption):
             ids = prompt_tokens(body)
-            found["shared"] += cache.read(ids) / len(captions)
-            found["read"] += len(ids) / len(captions)
-            found["written"] += (len(token_ids(reply)) + 1) / len(captions)
+            counts = {"shared": cache.read(ids), "read": len(ids), "written": len(token_ids(reply)) + 1}
+            found[name].update({key: tokens / len(captions) for key, tokens in counts.items()})
     return found
 
 
@@ -52,14 +54,21 @@ def test_the_fixture_is_what_it_says():
 
 
 def test_a_caption_costs_a_third_of_the_protocol_before_and_the_planner_counts_alike():
-    found, group = counted(), len(judge_captions.CAPTIONS)
+    captions, found = judge_captions.captions(), counted(judge_captions.exchanges)
     before = json.loads((ROOT / "benchmarks" / "results" / "judge_before.json").read_text())["tokens"]
-    assert found["written"] <= 0.33 * sum(question["written"] for question in before.values())
-    assert found["caption"] == pytest.approx(judge.FIXTURE_CAPTION_TOKENS, rel=0.01)
-    assert found["written"] == pytest.approx(judge.WRITTEN, rel=0.01)
-    assert found["read"] - IMAGE_TOKENS == pytest.approx(judge.READ, rel=0.01)
-    computed = found["read"] - found["shared"] - IMAGE_TOKENS / group
-    assert computed == pytest.approx(judge.COMPUTED, rel=0.02)
+    written = sum(counts["written"] for counts in found.values())
+    assert written <= 0.33 * sum(question["written"] for question in before.values())
+    length = sum(len(token_ids(caption.text)) for caption in captions) / len(captions)
+    assert length == pytest.approx(judge.FIXTURE_CAPTION_TOKENS, rel=0.01)
+    found["verify"].subtract(read=IMAGE_TOKENS, shared=(1 - 1 / len(judge_captions.CAPTIONS)) * IMAGE_TOKENS)
+    answers = counted(judge_captions.answer_exchanges)["answer"]
+    found["answer"] = Counter({key: tokens / judge_captions.QUESTIONS for key, tokens in answers.items()})
+    assert found.keys() == judge.PROTOCOL.keys()
+    for question, planned in judge.PROTOCOL.items():
+        counts = found[question]
+        assert planned.written == pytest.approx(counts["written"], rel=0.01)
+        assert planned.cached == pytest.approx(counts["shared"], rel=0.01)
+        assert planned.computed == pytest.approx(counts["read"] - counts["shared"], rel=0.01)
 
 
 def test_the_fixtures_judge_gives_the_same_verdicts_as_its_letters_say():
@@ -114,6 +123,23 @@ def test_longer_captions_and_larger_judges_cost_more(planner):
         JudgeServers.of(MODEL, 1, planner.cluster, planner.workload)
     with pytest.raises(UserError, match="no released model"):
         JudgeServers.of("gpt-5", 8, planner.cluster, planner.workload)
+
+
+def test_a_judge_is_charged_for_what_the_components_ask(planner):
+    rates, tokens = {}, {}
+    for names in ("precision", "recall", "utility", PAPERS, f"{PAPERS} utility"):
+        rewards = RewardConfig(components={name: ComponentConfig(source=name) for name in names.split()})
+        asked = Workload.of(planner.config.model_copy(update={"rewards": rewards}), planner.architecture)
+        rates[names] = JudgeServers.of(MODEL, 8, planner.cluster, asked).captions_per_second(asked)
+        tokens[names] = judge.tokens(asked)
+    three, image = tokens[PAPERS], asked.image_tokens
+    longer = asked.caption_tokens / judge.FIXTURE_CAPTION_TOKENS
+    assert three.written == pytest.approx(363.5 * longer)
+    assert tokens["recall"].written == pytest.approx(judge.PROTOCOL["cover"].written * longer)
+    assert tokens["recall"].computed + tokens["recall"].cached < image < sum(tokens["precision"])  # who sees the image
+    assert tokens["utility"].written == pytest.approx(5 * judge.PROTOCOL["answer"].written * longer)
+    assert sum(tokens[f"{PAPERS} utility"]) == pytest.approx(sum(three) + sum(tokens["utility"]))
+    assert rates["recall"] > 3 * rates[PAPERS] > 3 * rates[f"{PAPERS} utility"]
 
 
 @pytest.mark.timeout(280)

@@ -5,7 +5,9 @@ import tempfile
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
+from balcap_mega.config.schema import JudgeQuestion
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.flops import attention_forward, language_parameters, vision_forward
@@ -14,12 +16,26 @@ from balcap_mega.planning.generation import Generation, cache_bytes_per_token
 from balcap_mega.planning.hardware import BF16, Cluster
 from balcap_mega.planning.workload import Workload
 
-# A caption's share of the protocol, by `python benchmarks/judge.py --tokens`: means over captions of 162.5 tokens.
+
+class Tokens(NamedTuple):
+    """Tokens of one request or several. computed: those of the prompt that no prefix cache has; cached: the others."""
+
+    written: float
+    computed: float
+    cached: float
+
+
+# What the protocol asks about a caption of 162.5 tokens, the image left out: means over the captions of
+# benchmarks/judge_captions.py, as tests/test_planning_judge.py counts them.
 FIXTURE_CAPTION_TOKENS = 162.5
-WRITTEN = 363.5
-READ = 2382.5  # of text, over all four questions; the image comes on top, in one of them
-COMPUTED = 995.0  # of these, what no prefix cache has
-QUESTIONS = 4
+PROTOCOL: dict[JudgeQuestion, Tokens] = {
+    "split": Tokens(169.0, 183.0, 295.5),
+    "verify": Tokens(106.5, 396.3, 326.7),
+    "cover": Tokens(70.0, 227.7, 469.8),
+    "language": Tokens(18.0, 188.0, 295.5),
+    "answer": Tokens(6.0, 100.1, 341.3),
+}
+SEES_THE_IMAGE: JudgeQuestion = "verify"
 
 AT_ONCE = 256  # requests in one server's batch: what an address gets as the recipes are configured
 MEMORY_SHARE = 0.9  # of a GPU, that vLLM's server takes
@@ -65,15 +81,17 @@ class JudgeServers:
         return room / cache_bytes_per_token(self.architecture, self.tensor)
 
     def captions_per_second(self, workload: Workload) -> float:
-        """What all servers sustain together, each with a full batch."""
+        """What all servers sustain together, each with a full batch, of a workload that asks the judge."""
         written, computed, _ = tokens(workload)
         efficiency, gpu = self.cluster.efficiency, self.cluster.gpu
+        requests, image = len(workload.judge_requests), _image_tokens(workload)
         flops = 2 * computed * language_parameters(self.architecture)
-        flops += vision_forward(self.architecture, workload.image_tokens) / workload.group
+        flops += vision_forward(self.architecture, image) / workload.group
         prefill = flops / (gpu.matmul * efficiency.gemm)
-        pairs = (workload.image_tokens + computed / QUESTIONS) * computed / QUESTIONS
+        pairs = (image + computed / requests) * computed / requests
         prefill += self.architecture.num_layers * attention_forward(self.architecture, pairs) / gpu.attention
-        context = (READ / QUESTIONS + written / QUESTIONS) + workload.image_tokens / QUESTIONS
+        fixture = _protocol(workload)
+        context = (fixture.computed + fixture.cached + written + image) / requests
         batch = max(min(AT_ONCE, self.cache_tokens / context), 1)
         engine = Generation(self.architecture, self.cluster, self.tensor, BF16, self.cache_tokens)
         decode = written * engine.step_seconds(batch, context) / batch
@@ -85,12 +103,24 @@ class JudgeServers:
         return ceil(workload.captions / seconds / each) * self.tensor
 
 
-def tokens(workload: Workload) -> tuple[float, float, float]:
-    """Of one caption: what a judge writes, what it computes of its prompts, and what its prefix cache has of them."""
+def tokens(workload: Workload) -> Tokens:
+    """Of one caption, over all requests about it; the image's are computed once for the group's captions."""
     longer = workload.caption_tokens / FIXTURE_CAPTION_TOKENS
-    image = workload.image_tokens / workload.group  # the group's captions share it
-    computed = COMPUTED * longer + image
-    return WRITTEN * longer, computed, READ * longer + workload.image_tokens - computed
+    written, computed, cached = (longer * count for count in _protocol(workload))
+    image = _image_tokens(workload)
+    shared = image / workload.group
+    return Tokens(written, computed + shared, cached + image - shared)
+
+
+def _protocol(workload: Workload) -> Tokens:
+    """Of the text in all requests about a caption of the fixture."""
+    asked = [PROTOCOL[question] for question in workload.judge_requests]
+    return Tokens(*(sum(counts) for counts in zip(Tokens(0.0, 0.0, 0.0), *asked)))
+
+
+def _image_tokens(workload: Workload) -> int:
+    """Of the image in the requests about one caption."""
+    return workload.image_tokens if SEES_THE_IMAGE in workload.judge_requests else 0
 
 
 def released_architecture(model: str) -> Architecture:

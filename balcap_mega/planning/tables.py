@@ -41,8 +41,16 @@ def print_facts(console: Console, planner: Planner) -> None:
     )
 
 
-def print_judge(console: Console, workload: Workload, judge: JudgeServers | None, rate: float, plan: Plan) -> None:
-    """Who judges how fast, what the step waits for that, and what would hide it; no servers where a rate was given."""
+def print_judge(
+    console: Console, workload: Workload, judge: JudgeServers | None, rate: float | None, plan: Plan
+) -> None:
+    """Who judges how fast, what the step waits for that, and what would hide it.
+
+    judge: None where a rate was given.  rate: captions a second, None where no component is the judge's
+    """
+    if rate is None:
+        console.print("  no component is the judge's; what rewards of your own take is not counted")
+        return
     wait, has = plan.seconds["rewards"], plan.judge_has
     if judge is None:
         who = f"a judge of {rate:.2f} captions a second, as given"

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache, reduce
 from operator import add
 
-from balcap_mega.config.schema import RunConfig
+from balcap_mega.config.schema import JudgeQuestion, RunConfig
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.flops import TokenWork, group_work
 from balcap_mega.models.fp8 import row_multiple
@@ -21,6 +21,10 @@ SCORED_AHEAD = 2 / 8
 CAPTION_TOKENS = 175
 """Mean length of a detailed caption, where nothing was measured."""
 
+ASKED_OF_A_CAPTION: dict[JudgeQuestion, int] = {"split": 1, "verify": 1, "cover": 1, "language": 1, "answer": 5}
+"""Requests to a judge about one caption. `units` is asked once for all captions of an image, and kept. A record has as
+many questions to `answer` as `launch/prepare_data.py questions` asks for."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -33,6 +37,7 @@ class Workload:
     max_tokens:       where responses are cut
     updates:          optimizer steps that share the step's captions
     forward_passes:   forward-only passes over all of the step's tokens, for old and reference logprobs
+    judge_requests:   the question of each request to the judge about one caption; empty where none is asked
     """
 
     prompts: int
@@ -44,6 +49,7 @@ class Workload:
     updates: int
     forward_passes: float
     shared_prefix: bool = True
+    judge_requests: tuple[JudgeQuestion, ...] = ()
 
     @classmethod
     def of(
@@ -71,6 +77,9 @@ class Workload:
             + (updates - 1) / updates
             + SCORED_AHEAD * config.rollout.ahead,
             shared_prefix=config.packing.shared_prefix,
+            judge_requests=tuple(
+                question for question in config.rewards.questions for _ in range(ASKED_OF_A_CAPTION.get(question, 0))
+            ),
         )
 
     @property
