@@ -116,6 +116,10 @@ def test_engine_and_staleness_are_told_apart():
     found = OffPolicy.of(engine, sampling, now)
     assert (found.mismatch, found.mismatch_max) == pytest.approx((0.1 / 3, 0.1))
     assert (found.staleness, found.staleness_max) == pytest.approx((0.5, 1.0))
+    assert found.by_caption == pytest.approx((0.25, 1.0))
+    assert OffPolicy.of(engine, sampling[:1], now) == OffPolicy.of(engine[:1], sampling[:1], now[:1]), (
+        "a layout of fewer data-parallel ranks has scored fewer"
+    )
     assert [scored_prompts(*sizes) for sizes in ((64, 2), (32, 8), (4, 4))] == [8, 8, 4]
 
 

@@ -70,7 +70,7 @@ def test_a_caption_becomes_three_components(judge):
         Verdict.VERIFIED,
     ]
     assert [CAPTION[a.start : a.stop] for a in judgement.assertions] == [a.text for a in judgement.assertions]
-    assert judgement.covered == (True, True, False)
+    assert judgement.covered == (True, True, False) and len(judgement.units) == 3
     assert judgement.components() == pytest.approx({"precision": 0.5, "recall": 2 / 3, "linguistic": 0.9})
 
 

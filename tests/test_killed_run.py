@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.killed_run import KillPlan
-from tests.test_pretrain_rl import ROOT, rows, weights, without_timing
+from tests.test_pretrain_rl import ROOT, captions_on_record, records, rows, weights, without_timing
 
 STEPS = 10
 # Where the time goes, and where something is left behind; each moment's longest delay in seconds covers it.
@@ -57,6 +57,7 @@ def finish(output: Path, ranks: int, overrides: list[str]) -> Path:
 def assert_same_end(ours: Path, theirs: Path) -> None:
     assert list(map(without_timing, rows(ours))) == list(map(without_timing, rows(theirs)))
     assert len(rows(ours)) == STEPS
+    assert records(ours) == records(theirs) and len(records(ours)) == STEPS
     mine, other = weights(ours / "policy"), weights(theirs / "policy")
     assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
 
@@ -81,6 +82,12 @@ def test_killed_at_random_moments_it_ends_as_if_left_alone(ranks, overrides, out
     stale = [row["rollout/staleness"] > 0 for row in rows(killed)]
     assert stale == [False, *[AHEAD in overrides] * (STEPS - 1)], "captions are of the weights of one step before"
     assert all(row["rollout/logprob_difference_max"] <= 1e-4 for row in rows(killed))
+    for row in rows(killed)[1:]:
+        known = [c for c in captions_on_record(killed, row["step"]) if c.staleness is not None]
+        total = sum(c.staleness * len(c.token_ids) for c in known)
+        assert total / sum(len(c.token_ids) for c in known) == pytest.approx(row["rollout/staleness"])
+        assert all(abs(c.trained_logprob - c.mean_logprob) <= c.staleness + 1e-4 for c in known)
+        assert len(known) == (4 if AHEAD in overrides else 16), "one prompt of four is scored when it is sampled"
 
 
 @pytest.mark.timeout(600)

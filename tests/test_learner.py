@@ -15,9 +15,10 @@ from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
 from balcap_mega.training.batches import batch_builder
-from balcap_mega.training.learner import Learner
+from balcap_mega.training.learner import Learner, must_be_finite
 from balcap_mega.training.microbatch import with_old_logprobs, with_reference_logprobs
 from balcap_mega.training.prompts import Prompts
+from balcap_mega.training.update import caption_logprobs, update_policy
 
 PARALLEL = ParallelConfig(device="cpu")
 CAPTIONS = ("A large red circle.", "Two blue squares are above a star.", "A star.", "A red star is to the left.")
@@ -95,6 +96,23 @@ def test_first_update_has_ratio_one_and_no_divergence(tiny_checkpoint, layout, f
     microbatches = with_old_logprobs(microbatches, again)
     second = learner.update(microbatches).metrics
     assert second["ratio_max"] > 1.0 and second["kl_old"] > 0.0 and second["kl_reference"] > 0.0
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"ratio_level": "sequence"}])
+def test_captions_have_the_logprobs_that_the_step_began_with(tiny_checkpoint, layout, options):
+    """Also those of a second update, which the first has moved away from: a mean over each caption's own tokens."""
+    folder = tiny_checkpoint("qwen2_5_vl")
+    learner = make_learner(folder, **options)
+    minibatches = make_batch(folder, learner, layout, updates=2)
+    expected = {}
+    for microbatch in (each for minibatch in minibatches for each in minibatch):
+        [logprobs] = learner.logprobs([microbatch])
+        for sequence in microbatch.row.sequence_ids.unique().tolist():
+            expected[sequence] = logprobs[microbatch.row.sequence_ids == sequence].double().mean().item()
+    updates = update_policy(learner, minibatches, must_be_finite)
+    assert updates[1].metrics["ratio_max"] != 1.0
+    found = caption_logprobs(minibatches, updates, 4, torch.device("cpu"))
+    assert found.tolist() == pytest.approx([expected[n] for n in range(4)], rel=1e-6)
 
 
 def test_fused_and_plain_heads_train_alike(tiny_checkpoint, layout):

@@ -21,7 +21,7 @@ METRICS = {
     "reward/gate_rate": 0.125, "reward/length_ratio": 1.25, "rollout/truncated": 0.25,
     "policy/kl_reference": 0.0, "policy/kl_old": 1.5e-4,
     "policy/clip_fraction": 0.01, "policy/entropy": 1.234, "rollout/logprob_difference_max": 2.5e-6,
-    "throughput/response_tokens_per_second": 812.0, "seconds/step": 30.0, "seconds/rollout": 10.0,
+    "throughput/tokens_per_second_per_gpu/sample": 812.0, "seconds/step": 30.0, "seconds/rollout": 10.0,
     "seconds/rewards": 1.0, "seconds/update": 18.0, "seconds/refit": 1.0,
 }  # fmt: skip
 SCORES = {"precision": 50.0, "recall": 40.0, "linguistic": 60.0, "b_capscore": 48.6, "length_ratio": 1.4}
@@ -118,7 +118,10 @@ def test_plain_log():
     assert re.search(r"b-CapScore +48\.6 +61\.6 +\+13\.0", text)
     assert re.search(r"length ratio +1\.40 +1\.40 +\+0\.00 +256 *\n", text)
     assert re.search(r"b-CapScore +48\.6 +61\.6 +\+13\.0 +256 / 32 *\n", text), "scores say over how many captions"
-    assert "top_p" not in text
+    assert "top_p" not in text and "MFU" not in heading
+    file = io.StringIO()
+    console(file).step(0, METRICS | {"mfu/update": 0.417})
+    assert re.search(r"tok/s/GPU +MFU% .*\n.* 812 +41\.7 ", file.getvalue()), "where the GPUs' peak is known"
 
 
 def test_only_the_first_rank_speaks():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from balcap_mega.training.record.format import RecordedCaption, read_step
 
 ROOT = Path(__file__).parent.parent
 TIMING = ("seconds/", "throughput/", "mfu/", "refit/seconds/")
@@ -82,6 +85,37 @@ def test_trainer_and_engine_agree(finished):
         assert row["policy/kl_old"] == 0.0
     told = [row.get("health/long_captions") for row in rows(finished)]
     assert told == [None, rows(finished)[1]["reward/length_ratio"], None]
+
+
+def test_every_caption_is_on_record_with_the_logprobs_of_both_sides(finished):
+    """vLLM's mean logprob, and Megatron's out of the update, which are not the same numbers."""
+    for row in rows(finished):
+        captions = captions_on_record(finished, row["step"])
+        assert len(captions) == 16 and {caption.staleness for caption in captions} == {0.0}
+        differences = [abs(caption.trained_logprob - caption.mean_logprob) for caption in captions]
+        assert 0 < max(differences) <= row["rollout/logprob_difference_max"] <= 1e-4
+        assert all(len(c.judgement.units) == len(c.judgement.covered) > 0 for c in captions)
+
+
+def captions_on_record(run: Path, step: int) -> list[RecordedCaption]:
+    return [caption for group in read_step(run / "rollouts", step).groups for caption in group.captions]
+
+
+def records(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "rollouts").glob("step_*")}
+
+
+def test_what_is_on_record_is_shown(finished, monkeypatch, capsys):
+    """`launch/rollouts.py`, within this process."""
+    group = read_step(finished / "rollouts", 3).groups[0]
+    page = finished / "rollouts.html"
+    for options, captions in (([], 16), (["--step", "2", "--worst"], 16), (["--record", group.record], 4)):
+        monkeypatch.setattr(sys, "argv", ["rollouts.py", str(finished), *options])
+        runpy.run_path(str(ROOT / "launch" / "rollouts.py"), run_name="__main__")
+        told, html = capsys.readouterr().out, page.read_text()
+        assert f"page: {page}" in told and told.count(", trainer -") == html.count(", trainer -") == captions
+        assert html.count("data:image/png") == (captions if "--worst" in options else captions // 4)
+    assert f"step 3  {group.record}" in told and group.captions[0].text in told
 
 
 def test_a_refit_says_what_it_moved(finished):
@@ -164,6 +198,7 @@ def test_interrupted_run_continues_to_the_same_weights(finished, tmp_path):
     done = train(output, "parallel.offload=always")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert list(map(without_timing, rows(output))) == list(map(without_timing, rows(finished)))
+    assert records(output) == records(finished)
     ours, theirs = weights(output / "policy"), weights(finished / "policy")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -171,6 +206,8 @@ def test_interrupted_run_continues_to_the_same_weights(finished, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     travelled = distance(weights(output / "warmed_up"), theirs)
     assert 0 < distance(weights(moved / "policy"), theirs) < 0.02 * travelled
+    for caption in captions_on_record(moved, 3):  # of the last pipeline stage, on record by the first
+        assert caption.trained_logprob == pytest.approx(caption.mean_logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """A step's record: the same content gives the same bytes, reads back to the bit, is bounded, and never ends a run."""
 
 import gzip
+import json
 import logging
 import math
 import struct
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,8 +28,14 @@ DATASET, JUDGE = ScenesDataset(8, 0, "train"), SceneJudge()
 HOSTILE = "<script>alert(1)</script> A circle {{ 7 * 7 }}."
 
 
+TRAINED = torch.tensor([-1 / 3, math.nan, -math.inf, -2.0, -1e-45, -0.7, 0.0], dtype=torch.float64)
+
+
 def finished(step: int, texts=("", HOSTILE, "A lively mood fills the image.")) -> tuple[FinishedCaptions, object]:
-    """Captions of two scenes as a step has them, odd numbers among them, and their rewards."""
+    """Captions of two scenes as a step has them, odd numbers among them, and their rewards.
+
+    The second is not trained on; of the first three the staleness is known.
+    """
     groups, judged = [], []
     for place in range(2):
         record = DATASET[place + step]
@@ -47,7 +56,9 @@ def finished(step: int, texts=("", HOSTILE, "A lively mood fills the image.")) -
         judged.append([JudgedCaption(*pair) for pair in zip(found, scores, strict=True)])
     rewards = build_reward_batch([[caption.score for caption in group] for group in judged])
     advantages = compute_advantages(rewards, AlgorithmConfig())
-    return FinishedCaptions(step, groups, judged, rewards.names, advantages), rewards
+    numbers = [0, *range(2, 8)]
+    captions = FinishedCaptions(step, groups, judged, rewards.names, advantages, numbers, [0.0, 1 / 7, 0.1])
+    return replace(captions, trained_logprobs=TRAINED), rewards
 
 
 def recorder(folder, **config) -> Recorder:
@@ -84,6 +95,52 @@ def test_reads_back_to_the_bit_and_the_same_step_is_the_same_bytes(tmp_path):
         assert torch.equal(ours, value) if isinstance(value, torch.Tensor) else ours == value, name
     assert step.groups[1].captions[3].judgement == captions.judged[1][3].judgement
     assert [c.components["brevity"] for c in step.groups[0].captions] == [None, 1 / 3, 1 / 4, 1 / 5]
+    every = [caption for group in step.groups for caption in group.captions]
+    assert every[1].trained_logprob is None, "it was not trained on"
+    assert bits(c.trained_logprob for n, c in enumerate(every) if n != 1) == bits(TRAINED.tolist())
+    assert [c.staleness for c in every] == [0.0, 1 / 7, 0.1, *[None] * 5]
+    assert every[0].judgement.units == DATASET[3].units
+
+
+def test_a_step_is_on_record_before_its_updates_and_whole_after_them(tmp_path, monkeypatch):
+    """Of what waits for the disk, what was known before the updates gives way to what they add."""
+    after, _ = finished(2)
+    before = replace(after, trained_logprobs=None)
+    write = recorder(tmp_path)
+    write(before)
+    write.finish()
+    assert {c.trained_logprob for group in read_step(tmp_path, 2).groups for c in group.captions} == {None}
+    slow, written = threading.Event(), []
+    monkeypatch.setattr(
+        "balcap_mega.training.record.recorder.write_step", lambda folder, step: (slow.wait(60), written.append(step))
+    )
+    for step in (3, 4):
+        write(replace(before, step=step))
+        write(replace(after, step=step))
+    slow.set()
+    write.finish()
+    assert [step.header.step for step in written][-2:] == [3, 4] and 2 <= len(written) <= 3
+    assert all(step.groups[0].captions[0].trained_logprob == -1 / 3 for step in written[-2:])
+
+
+def test_files_of_the_version_before_are_still_read_and_of_a_later_one_are_refused(tmp_path):
+    write = recorder(tmp_path)
+    write(finished(1)[0])
+    write.finish()
+    header, *groups = map(json.loads, gzip.decompress(step_file(tmp_path, 1).read_bytes()).splitlines())
+    for group in groups:
+        for caption in group["captions"]:
+            del caption["trained_logprob"], caption["staleness"], caption["judgement"]["units"]
+    lines = [json.dumps(each).encode() + b"\n" for each in (header | {"version": 1}, *groups)]
+    step_file(tmp_path, 1).write_bytes(gzip.compress(b"".join(lines)))
+    text = "\n".join(as_text(find(tmp_path, 1, None, False)))
+    assert DATASET[1].reference in text and "engine -2.0000" in text
+    assert not any(word in text for word in ("trainer", "staleness", "covered: ", "missed: "))
+    write_page(tmp_path / "page.html", "run", "Captions", find(tmp_path, 1, None, False), DATASET)
+    later = json.dumps(header | {"version": 3}).encode() + b"\n"
+    step_file(tmp_path, 1).write_bytes(gzip.compress(b"".join([later, *lines[1:]])))
+    with pytest.raises(UserError, match="format 3"):
+        read_step(tmp_path, 1)
 
 
 def test_extremes_are_the_best_and_the_worst(tmp_path):
@@ -154,6 +211,8 @@ def test_captions_are_found_and_shown(tmp_path):
     assert rewards == sorted(rewards) and len(worst) == 8
     text = "\n".join(as_text(worst))
     assert DATASET[1].reference in text and "brevity" in text and "not pointable: " in text
+    assert "engine -0.7000, trainer 0.0000" in text and "staleness 0.14" in text
+    assert f"missed: {DATASET[1].units[0]}" in text and f"covered: {DATASET[1].units[0]}" in text
     with pytest.raises(UserError, match="nobody"):
         find(tmp_path, 1, "nobody", False)
 
@@ -161,5 +220,8 @@ def test_captions_are_found_and_shown(tmp_path):
     write_page(page, "run", "Captions", find(tmp_path, 1, None, False), DATASET)
     html = page.read_text()
     assert html.count("data:image/png") == 2 and "<script>" not in html and "&lt;<mark" in html
+    for unit in DATASET[1].units:
+        images = sum(unit in DATASET[number].units for number in (1, 2))
+        assert html.count(f">{unit}<") == 4 * images, "the reference's facts stand below each caption of the image"
     write_page(page, "run", "Captions", find(tmp_path, 1, None, False), ScenesDataset(8, 1, "train"))
     assert "data:image/png" not in page.read_text(), "another record's picture is not shown"

@@ -23,7 +23,7 @@ from balcap_mega.training.learner import UpdateResult
 from balcap_mega.training.observe.console import cautions
 from balcap_mega.training.observe.report import score_rows
 from balcap_mega.training.observe.step_metrics import step_metrics
-from balcap_mega.training.truncation import without_truncated
+from balcap_mega.training.truncation import TrainedOn, without_truncated
 from tests.support.distributed import launch
 from tests.test_pretrain_rl import ROOT, rows
 
@@ -177,9 +177,11 @@ def test_a_cut_caption_is_scored_or_left_out_of_the_loss():
     groups = [group(0, True, False, True), group(1, False, False), group(2, False, True)]
     values = torch.arange(1.0, 8.0)
     advantages = Advantages(values, torch.stack([values, -values]), values > 2)
-    assert without_truncated(groups, advantages, AlgorithmConfig()) == (groups, advantages)
-    kept, left = without_truncated(groups, advantages, AlgorithmConfig(truncated="mask"))
-    assert [[rollout.text for rollout in each.rollouts] for each in kept] == [["0.0", "0.2"], ["1.0"], ["2.1"]]
+    assert without_truncated(groups, advantages, AlgorithmConfig()) == TrainedOn(groups, advantages, range(7))
+    trained_on = without_truncated(groups, advantages, AlgorithmConfig(truncated="mask"))
+    kept, left = [[rollout.text for rollout in each.rollouts] for each in trained_on.groups], trained_on.advantages
+    assert kept == [["0.0", "0.2"], ["1.0"], ["2.1"]]
+    assert trained_on.numbers == [0, 2, 3, 6]
     assert left.values.tolist() == [1.0, 3.0, 0.0, 7.0], "a group cut throughout keeps a caption that moves nothing"
     assert left.per_component[1].tolist() == [-1.0, -3.0, -4.0, -7.0]
     assert left.gated.tolist() == [False, True, True, True]

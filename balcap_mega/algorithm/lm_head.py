@@ -62,13 +62,17 @@ def fused_policy_loss(
         logprobs, entropy = token_logprobs(hidden, tokens.targets, head)
         return policy_loss(logprobs, tokens, config, entropy=entropy, max_response_length=max_response_length)
 
+    old = torch.empty_like(tokens.rollout_logprobs) if tokens.old_logprobs is None else tokens.old_logprobs
+
     def objective(logprobs: Tensor, entropy: Tensor, rows: slice) -> TokenTerms:
+        if tokens.old_logprobs is None:
+            old[rows] = logprobs
         return policy_loss_terms(
             logprobs, tokens[rows], config, entropy=entropy, max_response_length=max_response_length
         )
 
     loss_sum, metrics = _fused_loss(hidden, tokens.targets, head, objective)
-    return PolicyLoss(loss_sum, loss_normaliser(tokens, config, max_response_length), metrics)
+    return PolicyLoss(loss_sum, loss_normaliser(tokens, config, max_response_length), metrics, old)
 
 
 def fused_cross_entropy(hidden: Tensor, targets: Tensor, head: HeadShard) -> PolicyLoss:

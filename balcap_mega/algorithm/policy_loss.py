@@ -23,11 +23,14 @@ class PolicyLoss:
     normaliser: scalar int64. The step's loss is Σ loss_sum / Σ normaliser over microbatches and data-parallel ranks, so
                 its gradient does not depend on how the step was split (Megatron: `calculate_per_token_loss=True`)
     metrics:    detached
+    old_logprobs: [R] float32, detached: of its tokens under the policy that the step began with; None of an objective
+                that knows no such policy
     """
 
     loss_sum: Tensor
     normaliser: Tensor
     metrics: PolicyMetrics
+    old_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def policy_loss(
         loss_sum, normaliser, sums, maxima = KernelPolicyLoss.apply(
             logprobs, entropy, *_kernel_inputs(logprobs, tokens), objective
         )
-        return PolicyLoss(loss_sum, normaliser, PolicyMetrics(sums, maxima))
+        return PolicyLoss(loss_sum, normaliser, PolicyMetrics(sums, maxima), old_or_current(logprobs, tokens))
     old_logprobs = old_or_current(logprobs, tokens)
     log_ratio = logprobs - old_logprobs
     if config.ratio_level == "sequence":
@@ -117,6 +120,7 @@ def policy_loss(
             sums=torch.stack([column.detach().float().sum() for column in columns]),
             maxima=torch.stack([_maximum(ratio.detach()), _maximum(engine_difference.abs())]),
         ),
+        old_logprobs=old_logprobs,
     )
 
 

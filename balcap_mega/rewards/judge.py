@@ -41,6 +41,7 @@ class Judgement:
     fluency: float | None
     coherency: float | None
     answers: tuple[float, ...] | None = None  # what each question of the record earned (`ChoiceQuestion.credit`)
+    units: tuple[str, ...] | None = None  # the reference units in words, as `covered` has them
 
     @property
     def precision(self) -> float | None:

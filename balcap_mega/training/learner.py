@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,15 @@ class UpdateResult:
     """One optimizer step: the loss and its metrics over all ranks, and the gradient norm before clipping.
 
     applied: False for one that was left out: weights and optimizer are then as they were before
+    old_logprobs: of this rank's microbatches, [R] float32 each, under the policy that the step began with; nothing on
+        other pipeline stages than the last, and of a supervised update
     """
 
     loss: float
     gradient_norm: float
     metrics: dict[str, float]
     applied: bool = True
+    old_logprobs: Sequence[Tensor] = field(default=(), repr=False, compare=False)
 
     @property
     def finite(self) -> bool:
@@ -198,7 +201,8 @@ class Learner:
         losses = run_schedule(self.model, microbatches, self._forward(objective, loss))
         loss_value, metrics = self._reduce(losses)
         self.optimizer.prepare_grads()
-        result = UpdateResult(loss_value, float(self.optimizer.get_grad_norm()), metrics)
+        old = [loss.old_logprobs for loss in losses if loss.old_logprobs is not None]
+        result = UpdateResult(loss_value, float(self.optimizer.get_grad_norm()), metrics, old_logprobs=old)
         if not accept(result):
             return replace(result, applied=False)
         self.optimizer.step()

@@ -7,6 +7,7 @@ at equal weights, however large the updates are. So the trainer scores some capt
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 
 import torch
@@ -29,17 +30,25 @@ class OffPolicy:
 
     mismatch:  engine and trainer, under the weights that sampled
     staleness: the trainer, under the weights that sampled and under those that the update begins with
+    by_caption: the mean staleness of each of these captions, which are a step's first
     """
 
     mismatch: float
     mismatch_max: float
     staleness: float
     staleness_max: float
+    by_caption: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, engine: ByCaption, sampling: ByCaption, now: ByCaption) -> "OffPolicy":
-        mismatch, staleness = _differences(engine, sampling), _differences(sampling, now)
-        return cls(fmean(mismatch), max(mismatch), fmean(staleness), max(staleness))
+        """Over the captions that all three have: a run that goes on under another layout may score more or fewer."""
+        shared = min(map(len, (engine, sampling, now)))
+        mismatch = _differences(engine[:shared], sampling[:shared])
+        staleness = _differences(sampling[:shared], now[:shared])
+        return cls(
+            fmean(chain(*mismatch)), max(chain(*mismatch)), fmean(chain(*staleness)), max(chain(*staleness)),
+            tuple(map(fmean, staleness)),
+        )  # fmt: skip
 
 
 def scored_prompts(prompts: int, data_size: int) -> int:
@@ -62,6 +71,7 @@ def by_caption(microbatches: Sequence[Microbatch], logprobs: Sequence[Tensor], c
     return tuple(map(tuple, found))
 
 
-def _differences(one: ByCaption, other: ByCaption) -> list[float]:
+def _differences(one: ByCaption, other: ByCaption) -> list[list[float]]:
+    """Of each caption's tokens."""
     pairs = zip(one, other, strict=True)
-    return [abs(a - b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True)]
+    return [[abs(a - b) for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs]

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from balcap_mega.algorithm.advantages import compute_advantages
@@ -37,7 +37,7 @@ from balcap_mega.training.prompts import Prompts
 from balcap_mega.training.record.format import FinishedCaptions
 from balcap_mega.training.record.recorder import Recorder
 from balcap_mega.training.truncation import without_truncated
-from balcap_mega.training.update import learning_rate, update_policy
+from balcap_mega.training.update import caption_logprobs, learning_rate, update_policy
 
 
 @dataclass
@@ -103,21 +103,28 @@ class Trainer:
                     groups[group.place].seen.refuse_unlike(group.seen)
                 trained_on = without_truncated(groups, advantages, self.config.algorithm)
                 batches = self.batches.from_rollouts(
-                    captions.prompts, *trained_on, self.config.optimizer.updates_per_step
+                    captions.prompts,
+                    trained_on.groups,
+                    trained_on.advantages,
+                    self.config.optimizer.updates_per_step,
                 )
             self.stop.check(device)
-        self.recorder(FinishedCaptions(number + 1, groups, judged, rewards.names, advantages))
+        stale = [0.0] * len(advantages.values) if captions in due else off_policy.by_caption
+        finished = FinishedCaptions(number + 1, groups, judged, rewards.names, advantages, trained_on.numbers, stale)
+        self.recorder(finished)
         with phase("update"), self.keeping(None, Unhealthy):
             self.learner.set_learning_rate(learning_rate(self.config.optimizer, number))
             accept = partial(self.health.accepts, number + 1, mismatch=off_policy and off_policy.mismatch)
             updates = update_policy(self.learner, batches.minibatches, accept)
+            logprobs = caption_logprobs(batches.minibatches, updates, len(trained_on.numbers), device)
             packed = batches.assignments
             del self.in_flight[number], batches  # with their images' embeddings, before the engine wants the memory
+        self.recorder(replace(finished, trained_logprobs=logprobs))
         with phase("refit"):
             moved = refit_metrics(self.refit.run(offload=self.learner.offload))
         metrics = step_metrics(groups, rewards, advantages, packed, updates, phase.seconds, off_policy)
         sampled = [group for captions in due for group in captions.mine] if self.replica.is_leader else []
-        metrics |= self.speed.metrics(trained_on[0], self.speed.sampled(sampled, device), phase.seconds)
+        metrics |= self.speed.metrics(trained_on.groups, self.speed.sampled(sampled, device), phase.seconds)
         metrics |= judge_metrics(asked) | moved
         return metrics | {f"memory/{name}": value for name, value in phase.memory.items()}
 

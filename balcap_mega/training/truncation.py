@@ -1,7 +1,7 @@
 """What a caption is worth that was cut at the token limit (`algorithm.truncated`)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,16 +10,27 @@ from balcap_mega.config.schema import AlgorithmConfig
 from balcap_mega.rollout.rollouts import RolloutGroup
 
 
-def without_truncated(
-    groups: Sequence[RolloutGroup], advantages: Advantages, config: AlgorithmConfig
-) -> tuple[Sequence[RolloutGroup], Advantages]:
-    """The captions that the loss is of, in order, and their advantages: all, or under `mask` the finished ones.
+@dataclass(frozen=True)
+class TrainedOn:
+    """The captions that a step's loss is of, group after group: N' of the N that were sampled.
+
+    advantages: of these N'
+    numbers:    for each, which of the N it is, ascending
+    """
+
+    groups: Sequence[RolloutGroup]
+    advantages: Advantages
+    numbers: Sequence[int]
+
+
+def without_truncated(groups: Sequence[RolloutGroup], advantages: Advantages, config: AlgorithmConfig) -> TrainedOn:
+    """What the loss is of: all captions, or under `mask` the finished ones.
 
     A group without a finished caption keeps its first, at advantage 0: no policy gradient comes of it, and an update
     of a batch that was cut throughout is still one of something.
     """
     if config.truncated == "score":
-        return groups, advantages
+        return TrainedOn(groups, advantages, range(len(advantages.values)))
     kept, numbers, nothing = [], [], []
     first = 0
     for group in groups:
@@ -33,4 +44,5 @@ def without_truncated(
     index = torch.tensor(numbers, device=advantages.values.device)
     values = advantages.values[index]
     values[nothing] = 0.0
-    return kept, Advantages(values, advantages.per_component[:, index], advantages.gated[index])
+    left = Advantages(values, advantages.per_component[:, index], advantages.gated[index])
+    return TrainedOn(kept, left, numbers)

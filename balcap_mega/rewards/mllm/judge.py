@@ -137,7 +137,8 @@ class MllmJudge:
         replies = await asyncio.gather(*(self._or_missing(name, record, work[name]()) for name in asked))
         found = dict(zip(asked, replies, strict=True))
         grades = found.get("linguistic") or (None, None, None)
-        return Judgement(found.get("precision"), found.get("recall"), *grades, answers=found.get("utility"))
+        covered, units = found.get("recall") or (None, None)
+        return Judgement(found.get("precision"), covered, *grades, answers=found.get("utility"), units=units)
 
     async def _or_missing(self, component: str, record: CaptionRecord, work: Coroutine[Any, Any, T]) -> T | None:
         try:
@@ -188,13 +189,16 @@ class MllmJudge:
         _, url = await self._images.get(id(record.image), encode)
         return url
 
-    async def _covered(self, record: CaptionRecord, caption: str, number: int) -> tuple[bool, ...]:
+    async def _covered(
+        self, record: CaptionRecord, caption: str, number: int
+    ) -> tuple[tuple[bool, ...], tuple[str, ...]]:
+        """Which units are covered, and the units."""
         units = record.units
         if units is None:
             units = await self._reference_units(record.reference, record, number)
         if not units or not caption.strip():
-            return (False,) * len(units)
-        return tuple(await self._ask(questions.cover(units, caption), record, number))
+            return (False,) * len(units), units
+        return tuple(await self._ask(questions.cover(units, caption), record, number)), units
 
     async def _reference_units(
         self, reference: str, record: CaptionRecord | None = None, number: int = 0

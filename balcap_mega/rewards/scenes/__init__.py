@@ -3,7 +3,7 @@
 from concurrent.futures import Future
 
 from balcap_mega.data.scenes import SceneRecord
-from balcap_mega.data.scenes.grammar import reference_units
+from balcap_mega.data.scenes.grammar import reference_units, unit_text
 from balcap_mega.rewards.judge import Judgement
 from balcap_mega.rewards.scenes.answering import answer
 from balcap_mega.rewards.scenes.discourse import Discourse, follow
@@ -32,14 +32,16 @@ class SceneJudge:
         assertions, covered, implied = verify(
             caption, discourse, binding, record.scene, self.pointability, self.lenient
         )
+        units = reference_units(record.scene)
         style = assess(caption, sentences, discourse, implied)
         return Judgement(
             assertions=assertions,
-            covered=tuple(unit in covered for unit in reference_units(record.scene)),
+            covered=tuple(unit in covered for unit in units),
             clarity=style.clarity,
             fluency=style.fluency,
             coherency=style.coherency,
             answers=self._answers(record, discourse) if self.answers else None,
+            units=tuple(unit_text(record.scene, unit) for unit in units),
         )
 
     @staticmethod

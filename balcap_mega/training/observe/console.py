@@ -30,12 +30,13 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a step's line."""
+    """One number of a step's line. needs: the metric without which a run does not show it"""
 
     title: str
     width: int
     text: Callable[[Metrics], str]
     style: str = ""
+    needs: str = ""
 
     def cell(self, text: str, style: str | None = None) -> Text:
         return Text(text.rjust(self.width), style=self.style if style is None else style)
@@ -58,7 +59,8 @@ COLUMNS = (
     Column("clip%", 6, percent("policy/clip_fraction")),
     Column("entropy", 8, number("policy/entropy", ".3f")),
     Column("mismatch", 9, number("rollout/logprob_difference_max", ".1e")),
-    Column("tok/s", 7, number("throughput/response_tokens_per_second", ".0f")),
+    Column("tok/s/GPU", 10, number("throughput/tokens_per_second_per_gpu/sample", ".0f")),
+    Column("MFU%", 6, percent("mfu/update"), needs="mfu/update"),
     Column("step s", 7, number("seconds/step", ".1f")),
     Column("rollout", 8, number("seconds/rollout", ".1f"), "dim"),
     Column("judge", 6, number("seconds/rewards", ".1f"), "dim"),
@@ -144,15 +146,16 @@ class Console:
         """One line; `step` counts from 0."""
         total = self.config.steps
         place = _progress(step, total)
+        shown = [column for column in self._columns if not column.needs or column.needs in metrics]
         if self._lines == 0:
             self._section(f"Reinforcement learning, to step {total}")
         if self._lines % HEADING_EVERY == 0:
-            heads = [column.cell(column.title, "bold") for column in self._columns]
+            heads = [column.cell(column.title, "bold") for column in shown]
             self._line([Text("step".ljust(len(place)), "bold"), *heads, Text("    left", "bold")])
         self._lines += 1
         self._durations.append(metrics["seconds/step"])
         left = clock(fmean(self._durations) * (total - step - 1))
-        self._line([Text(place), *(column.cell(column.text(metrics)) for column in self._columns), Text(left.rjust(8))])
+        self._line([Text(place), *(column.cell(column.text(metrics)) for column in shown), Text(left.rjust(8))])
 
     def findings(self, findings: Sequence[Finding]) -> None:
         """What is wrong with the step whose line was the last; one that stops the run is told as its error."""

@@ -21,6 +21,7 @@ from balcap_mega.training.heldout import HeldOutCaption, HeldOutResult
 from balcap_mega.training.observe.charts import SERIES, Curve, line_chart, stacked_chart
 from balcap_mega.training.observe.console import captions_counted, clock, label, run_facts
 from balcap_mega.training.observe.metrics import read_metrics
+from balcap_mega.training.observe.speed import TOKENS
 
 SAMPLES = 8  # the first held-out images, which no score has chosen
 IMAGE_SIDE = 448  # pixels that a longer side is shrunk to
@@ -46,6 +47,29 @@ class Span:
     @property
     def word(self) -> str:
         return "" if self.verdict is None else WORDS[self.verdict]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A fact of the reference, and whether the caption states it."""
+
+    text: str
+    covered: bool
+
+
+@dataclass(frozen=True)
+class ShownCaption:
+    """A caption as a page shows it. scores: (name, value in words)"""
+
+    title: str
+    spans: Sequence[Span]
+    unplaced: Sequence[Span]
+    units: Sequence[Unit]
+    scores: Sequence[tuple[str, str]]
+
+    @classmethod
+    def of(cls, title: str, caption: str, judgement: Judgement, scores: Sequence[tuple[str, str]]) -> "ShownCaption":
+        return cls(title, spans(caption, judgement), unplaced(judgement), units(judgement), scores)
 
 
 @dataclass(frozen=True)
@@ -145,6 +169,10 @@ def charts(rows: Sequence[Mapping[str, float]], config: RunConfig) -> list[Chart
         legend = tuple(curve.label for curve in curves) if len(curves) > 1 else ()
         return Chart(title, note, legend, Markup(line_chart(steps, curves, **options)))
 
+    def known(key: str) -> bool:
+        """Whether every step has it: a GPU's peak may not be known, and older versions did not count all of it."""
+        return all(key in row for row in rows)
+
     gate = config.algorithm.gate
     kl, other = ("kl_reference", "reference") if config.algorithm.kl_weight else ("kl_old", "sampling")
     mismatch = [curve("largest", "rollout/logprob_difference_max"), curve("mean", "rollout/logprob_difference")]
@@ -183,6 +211,29 @@ def charts(rows: Sequence[Mapping[str, float]], config: RunConfig) -> list[Chart
         ),
         chart("Gradient norm", "Before clipping.", curve("", "policy/gradient_norm")),
         Chart("Time", "Seconds a step, by phase.", tuple(longest), Markup(stacked_chart(steps, longest))),
+        *(
+            [
+                chart(
+                    "Tokens a second and GPU",
+                    "Over the whole step: captions, and their prompts once a caption.",
+                    curve("", f"{TOKENS}/sample"),
+                )
+            ]
+            if known(f"{TOKENS}/sample")
+            else []
+        ),
+        *(
+            [
+                chart(
+                    "Model FLOPs utilisation",
+                    "Percent of the GPUs' peak, over the update and over the whole step.",
+                    curve("update", "mfu/update", 100),
+                    curve("step", "mfu/step", 100),
+                )
+            ]
+            if known("mfu/update")
+            else []
+        ),
     ]
 
 
@@ -192,16 +243,13 @@ def sample(before: HeldOutCaption, after: HeldOutCaption, dataset: CaptionDatase
     return {
         "image": data_url(record.image),
         "reference": record.reference,
-        "captions": [
-            {
-                "when": when,
-                "spans": spans(caption.caption, caption.judgement),
-                "unplaced": unplaced(caption.judgement),
-                "scores": score_words(caption.judgement, caption.score.components),
-            }
-            for when, caption in (("before", before), ("after", after))
-        ],
+        "captions": [held_out("Before", before), held_out("After", after)],
     }
+
+
+def held_out(title: str, caption: HeldOutCaption) -> ShownCaption:
+    words = score_words(caption.judgement, caption.score.components)
+    return ShownCaption.of(title, caption.caption, caption.judgement, words)
 
 
 def spans(caption: str, judgement: Judgement) -> list[Span]:
@@ -224,6 +272,13 @@ def spans(caption: str, judgement: Judgement) -> list[Span]:
 def unplaced(judgement: Judgement) -> list[Span]:
     """Assertions that the judge found but could not point to in the caption's text."""
     return [Span(a.text, a.verdict, a.text) for a in judgement.assertions or () if a.start == a.stop]
+
+
+def units(judgement: Judgement) -> list[Unit]:
+    """Nothing where they were not judged, or stand there without their texts, as in old files."""
+    if not judgement.covered or judgement.units is None:
+        return []
+    return [Unit(text, covered) for text, covered in zip(judgement.units, judgement.covered, strict=True)]
 
 
 def score_words(judgement: Judgement, components: Mapping[str, float | None]) -> list[tuple[str, str]]:

@@ -18,6 +18,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
+from torch import Tensor
+from typing_extensions import TypedDict
 
 from balcap_mega.algorithm.batch import Advantages
 from balcap_mega.errors import UserError
@@ -25,7 +27,7 @@ from balcap_mega.rewards.judge import Judgement
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
 from balcap_mega.training.judging import JudgedCaption
 
-VERSION = 1
+VERSION = 2
 MOST_BYTES = 2**28  # of one line
 FILE = re.compile(r"step_(\d{6,})\.jsonl\.gz")
 
@@ -34,20 +36,35 @@ Keep = Literal["all", "extremes"]
 
 @dataclass(frozen=True)
 class Header:
-    """version: of this format; step: the number of steps done with it, as in metrics.jsonl; groups: how many follow"""
+    """version: of this format; step: the number of steps done with it, as in metrics.jsonl; groups: how many follow
 
-    version: Literal[1]
+    Version 1 knew neither `trained_logprob` nor `staleness` nor the units' texts: there they are None.
+    """
+
+    version: Literal[1, 2]
     step: int
     keep: Keep
     groups: int
 
 
-@dataclass(frozen=True)
+class AnyHeader(TypedDict):
+    """What the header of every version has."""
+
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecordedCaption:
     """One caption.
 
     number:        in its group
-    logprobs:      the engine's, of each token
+    logprobs:      the engine's, of each token, as it sampled them
+    trained_logprob: the trainer's, mean over the tokens, under the weights that the step's updates began with: the old
+                   policy of the ratio. None for a caption that was not trained on (`algorithm.truncated=mask`), and
+                   where the run ended before the step's updates did
+    staleness:     the mean over the tokens of |trainer's logprob under the weights that sampled − under those that the
+                   updates began with|; 0 where these are the same weights, as always with `rollout.ahead=0`. None where
+                   nobody has scored the caption when it was sampled: of one prompt in `off_policy.SHARE` it is known
     components:    rewards by name, as judged; None where missing
     length, reference_length: in the length gate's unit
     gated:         a reward was set to 0 for its length
@@ -65,6 +82,8 @@ class RecordedCaption:
     gated: bool
     advantage: float
     advantages: Mapping[str, float]
+    trained_logprob: float | None = None
+    staleness: float | None = None
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
 
@@ -113,10 +132,13 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class FinishedCaptions:
-    """A step's captions as the trainer has them before its update.
+    """A step's N captions as the trainer has them before its updates, and after them.
 
     step: the number of steps done with this one; advantages: on any device, of all captions, group after group
     names: of the components, in the order of `advantages.per_component`
+    numbers: which of the N captions are trained on; N' of them
+    trained_logprobs: [N'] of these, on any device (`RecordedCaption.trained_logprob`); None before the updates
+    staleness: of the first captions, as many as it is known of (`RecordedCaption.staleness`)
     """
 
     step: int
@@ -124,10 +146,15 @@ class FinishedCaptions:
     judged: Sequence[Sequence[JudgedCaption]]
     names: Sequence[str]
     advantages: Advantages
+    numbers: Sequence[int]
+    staleness: Sequence[float]
+    trained_logprobs: Tensor | None = None
 
     def recorded(self, keep: Keep) -> RecordedStep:
         values, gated = self.advantages.values.tolist(), self.advantages.gated.tolist()
         components = self.advantages.per_component.T.tolist()
+        trained = {} if self.trained_logprobs is None else dict(zip(self.numbers, self.trained_logprobs.tolist()))
+        staleness = dict(enumerate(self.staleness))
         first, groups = 0, []
         for group, judged in zip(self.groups, self.judged, strict=True):
             captions = [
@@ -142,6 +169,8 @@ class FinishedCaptions:
                     gated=gated[first + number],
                     advantage=values[first + number],
                     advantages=dict(zip(self.names, components[first + number], strict=True)),
+                    trained_logprob=trained.get(first + number),
+                    staleness=staleness.get(first + number),
                     token_ids=rollout.token_ids,
                     logprobs=rollout.logprobs,
                 )
@@ -163,6 +192,7 @@ def extremes(captions: Sequence[RecordedCaption]) -> list[RecordedCaption]:
 
 
 _HEADER, _GROUP = TypeAdapter(Header), TypeAdapter(RecordedGroup)
+_ANY_HEADER = TypeAdapter(AnyHeader)
 
 
 def step_file(folder: Path, step: int) -> Path:
@@ -195,7 +225,14 @@ def read_step(folder: Path, step: int) -> RecordedStep:
         raise UserError(f"{path} is not there: step {step} is not on record", remedy=_what_there_is(folder))
     try:
         with gzip.open(path) as file:
-            header = _HEADER.validate_json(file.readline(MOST_BYTES))
+            first = file.readline(MOST_BYTES)
+            version = _ANY_HEADER.validate_json(first)["version"]
+            if version > VERSION:
+                raise UserError(
+                    f"{path} has format {version}, and this program reads up to {VERSION}",
+                    remedy="use the version of BalCap-Mega that the run was made with",
+                )
+            header = _HEADER.validate_json(first)
             groups = tuple(_GROUP.validate_json(line) for line in iter(lambda: file.readline(MOST_BYTES), b""))
         if len(groups) != header.groups or header.step != step:
             raise ValueError(f"{len(groups)} images instead of the {header.groups} of step {header.step}")

@@ -8,16 +8,17 @@ from pathlib import Path
 from balcap_mega.data.records import CaptionDataset, CaptionRecord
 from balcap_mega.errors import UserError
 from balcap_mega.training.folder import RunFolder, write_text
-from balcap_mega.training.heldout import HeldOutCaption, HeldOutResult, read_result
+from balcap_mega.training.heldout import HeldOutResult, read_result
 from balcap_mega.training.observe.report import (
     SAMPLES,
     VERDICTS,
     WORDS,
+    ShownCaption,
     data_url,
+    held_out,
     score_words,
-    spans,
     template,
-    unplaced,
+    units,
 )
 from balcap_mega.training.record.format import RecordedCaption, RecordedGroup, read_step, steps_on_record
 
@@ -71,6 +72,8 @@ def as_text(found: Iterable[Found]) -> Iterator[str]:
             yield "      " + ", ".join(f"{name} {value}" for name, value in facts(caption))
             for assertion in caption.judgement.assertions or ():
                 yield f"      {WORDS[assertion.verdict]}: {assertion.text}"
+            for unit in units(caption.judgement):
+                yield f"      {'covered' if unit.covered else 'missed'}: {unit.text}"
 
 
 def facts(caption: RecordedCaption) -> list[tuple[str, str]]:
@@ -80,9 +83,15 @@ def facts(caption: RecordedCaption) -> list[tuple[str, str]]:
         *score_words(caption.judgement, caption.components),
         ("advantage", f"{caption.advantage:+.2f} ({advantages})"),
         ("length ratio", f"{caption.length_ratio:.2f}{', gated' if caption.gated else ''}"),
-        ("logprob a token, engine", f"{caption.mean_logprob:.3f}"),
+        ("logprob a token", _logprobs(caption)),
+        *([] if caption.staleness is None else [("staleness", f"{caption.staleness:.2g}")]),
         *([] if caption.finished else [("cut", f"at {len(caption.token_ids)} tokens")]),
     ]
+
+
+def _logprobs(caption: RecordedCaption) -> str:
+    engine, trained = f"engine {caption.mean_logprob:.4f}", caption.trained_logprob
+    return engine if trained is None else f"{engine}, trainer {trained:.4f}"
 
 
 def write_page(path: Path, name: str, title: str, found: Sequence[Found], dataset: CaptionDataset | None) -> None:
@@ -90,12 +99,9 @@ def write_page(path: Path, name: str, title: str, found: Sequence[Found], datase
     cards = []
     for each in found[:MOST_CARDS]:
         captions = [
-            {
-                "title": f"Step {each.step}, caption {caption.number}",
-                "spans": spans(caption.text, caption.judgement),
-                "unplaced": unplaced(caption.judgement),
-                "scores": facts(caption),
-            }
+            ShownCaption.of(
+                f"Step {each.step}, caption {caption.number}", caption.text, caption.judgement, facts(caption)
+            )
             for caption in each.captions
         ]
         cards.append(_card(each.group.record, _same(dataset, each.group), captions))
@@ -118,7 +124,7 @@ def write_changes(
     for place, first in enumerate(before.captions[:SAMPLES]):
         same = [(when, result.captions[place]) for when, result in moments if place < len(result.captions)]
         record = dataset[first.record_index]
-        cards.append(_card(record.id, record, [_held_out(when, caption) for when, caption in same]))
+        cards.append(_card(record.id, record, [held_out(when, caption) for when, caption in same]))
     _write(folder.changes, folder.root.resolve().name, "How captions changed", "The same held-out images.", cards)
     return folder.changes.name
 
@@ -131,15 +137,6 @@ def _between(folder: RunFolder) -> Iterator[tuple[int, HeldOutResult]]:
             logger.warning("%s is left out: %s", path, error)
 
 
-def _held_out(when: str, caption: HeldOutCaption) -> dict[str, object]:
-    return {
-        "title": when,
-        "spans": spans(caption.caption, caption.judgement),
-        "unplaced": unplaced(caption.judgement),
-        "scores": score_words(caption.judgement, caption.score.components),
-    }
-
-
 def _same(dataset: CaptionDataset | None, group: RecordedGroup) -> CaptionRecord | None:
     """The record that the captions are of; None where it is not there any more, or is another one."""
     if dataset is None or group.record_index >= len(dataset):
@@ -148,7 +145,7 @@ def _same(dataset: CaptionDataset | None, group: RecordedGroup) -> CaptionRecord
     return record if record.id == group.record and record.pixels == group.pixels else None
 
 
-def _card(name: str, record: CaptionRecord | None, captions: list[dict[str, object]]) -> dict[str, object]:
+def _card(name: str, record: CaptionRecord | None, captions: list[ShownCaption]) -> dict[str, object]:
     return {
         "record": name,
         "image": record and data_url(record.image, THUMBNAIL),

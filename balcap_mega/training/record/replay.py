@@ -95,7 +95,9 @@ def replay(root: Path, step: int, overrides: Sequence[str] = ()) -> Replayed:
     builder = batch_builder(processor, config, grid, learner.architecture)
     prompts = Prompts(datasets[0], [group.record_index for group in recorded.groups])
     trained_on = without_truncated(groups, advantages, config.algorithm)
-    batches = builder.from_rollouts(prompts, *trained_on, config.optimizer.updates_per_step)
+    batches = builder.from_rollouts(
+        prompts, trained_on.groups, trained_on.advantages, config.optimizer.updates_per_step
+    )
 
     health = Health(config.health, component_weights(rewards.names, config.algorithm))
 
