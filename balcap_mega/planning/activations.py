@@ -10,8 +10,11 @@ from balcap_mega.planning.workload import Work
 
 @dataclass(frozen=True)
 class Activations:
-    """Of one tensor-parallel rank. `transformer_engine`: its fused norms and SwiGLU, as on a GPU; else PyTorch's, which
-    compute norms in float32 and keep every intermediate of SwiGLU."""
+    """Bytes on one tensor-parallel rank.
+
+    transformer_engine: with its fused norms and SwiGLU, as on a GPU. PyTorch's compute norms in float32 and keep every
+                        intermediate of SwiGLU.
+    """
 
     architecture: Architecture
     tensor: int
@@ -55,15 +58,15 @@ class Activations:
         }
 
     def working(self, tokens: float) -> float:
-        """What comes and goes in the backward pass of one layer: gradients of the MLP's inner tensors, the gathered
-        input of a weight gradient and two gradients of the stream; with full recomputation also the layer itself."""
+        """Temporaries of a layer's backward pass: gradients of the MLP's inner tensors, the gathered input of a weight
+        gradient, and two gradients of the residual stream; with full recomputation also the layer's activations."""
         a = self.architecture
         again = sum(self._layer(tokens).values()) if self.recompute == "full" else 0.0
         return again + BF16 * tokens * (3 * a.ffn_hidden_size / self.tensor + 3 * a.hidden_size)
 
     def head(self, work: Work, chunk_bytes: float) -> float:
-        """The last stage's: hidden states gathered and normalised, rows that predict a response with their gradient, a
-        chunk of logits, and what stands in for the weight's gradient."""
+        """Temporaries of the LM head on the last stage: gathered and normalised hidden states, the rows that predict a
+        response and their gradient, a chunk of logits, and the placeholder for the weight's gradient."""
         a = self.architecture
         shard = BF16 * a.hidden_size * a.vocab_size / self.tensor
         chunk = min(chunk_bytes, BF16 * work.responses * a.vocab_size / self.tensor)

@@ -18,7 +18,7 @@ ELEMENTWISE_BACKWARD = 2
 
 @dataclass(frozen=True)
 class Compute:
-    """Times of one rank, of `tensor` that share every layer, for whatever `Work` it is asked about.
+    """Seconds of one of the `tensor` ranks that share every layer, for a given `Work`.
 
     logit_bytes: moved for each logit of an update; those of a forward pass alone are half as many
     """
@@ -37,7 +37,7 @@ class Compute:
         return self._gemms(work) + self._attention(work) + self._elementwise(work) + self._exposed(work, 4)
 
     def layer_backward(self, work: Work) -> float:
-        """Of one layer, what is recomputed for it included."""
+        """Seconds of one layer, with its recomputation."""
         again = {"none": 0.0, "selective": self._attention(work), "full": self.layer_forward(work)}[self.recompute]
         backward = 2 * self._gemms(work) + 2.5 * self._attention(work)
         backward += ELEMENTWISE_BACKWARD * self._elementwise(work)
@@ -53,7 +53,7 @@ class Compute:
         return flops / (self.cluster.gpu.matmul * efficiency.gemm) + self.moved(logits) + self._exposed(work, 2)
 
     def embedding(self, work: Work) -> float:
-        """The lookup, and the images' places filled in."""
+        """Seconds of the embedding lookup, and of filling in the images' embeddings."""
         return self.moved(3 * BF16 * work.tokens * self.architecture.hidden_size) + self._exposed(work, 2)
 
     def vision(self, images: float) -> float:
@@ -62,7 +62,7 @@ class Compute:
         return flops / (self.cluster.gpu.matmul * self.cluster.efficiency.gemm)
 
     def moved(self, size: float) -> float:
-        """Elementwise work that reads and writes `size` bytes in all."""
+        """Seconds of elementwise work that reads and writes `size` bytes in all."""
         return size / (self.cluster.gpu.memory_bandwidth * self.cluster.efficiency.elementwise)
 
     def _gemms(self, work: Work) -> float:
@@ -86,7 +86,7 @@ class Compute:
         return self.moved(BF16 * work.tokens * (stream + heads + 3 * a.ffn_hidden_size / self.tensor))
 
     def _exposed(self, work: Work, units: int) -> float:
-        """A unit is a gather or a scatter of the hidden states; an all-reduce is two."""
+        """Seconds of collectives on the hidden states. units: a gather or a scatter counts 1, an all-reduce 2."""
         if self.tensor == 1 or self.hides_tensor:
             return 0.0
         share = BF16 * work.tokens * self.architecture.hidden_size * (self.tensor - 1) / self.tensor

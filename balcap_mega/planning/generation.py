@@ -29,12 +29,12 @@ class Generation:
     cache_tokens: float
 
     def seconds(self, workload: Workload, engines: int) -> float:
-        """Rollouts of this engine's share of the step's prompts."""
+        """Seconds to sample the captions of this engine's share of the step's prompts."""
         prompts = -(-workload.prompts // engines)
         return self.prefill(workload, prompts) + self.decode(workload, prompts * workload.group)
 
     def prefill(self, workload: Workload, prompts: float) -> float:
-        """Every image and prompt once: the captions of a group share them through the prefix cache."""
+        """Seconds to compute every image and prompt once: a group's captions share them through the prefix cache."""
         prefix = workload.prefix_tokens
         dense = 2 * prefix * self.architecture.num_layers * layer_weights(self.architecture)
         attention = self.architecture.num_layers * attention_forward(self.architecture, prefix**2 / 2)
@@ -43,7 +43,7 @@ class Generation:
         return prompts * ((dense + vision) / rate + attention / self.cluster.gpu.attention) / self.tensor
 
     def decode(self, workload: Workload, captions: int) -> float:
-        """All responses, as many at a time as the cache holds; the batch shrinks as captions end."""
+        """Seconds to decode all responses, as many at once as the cache holds; the batch shrinks as captions end."""
         prefix, mean = workload.prefix_tokens, workload.caption_tokens
         at_once = max(min(captions, AT_ONCE, int(self._concurrent(workload))), 1)
         # While captions wait their turn the batch stays full, of captions at every stage of their length.
@@ -58,12 +58,12 @@ class Generation:
         return seconds
 
     def _concurrent(self, workload: Workload) -> float:
-        """Captions whose keys and values fit at once; a group's prefix is there once."""
+        """How many captions' keys and values fit the cache at once; a group's prefix takes room once."""
         per_caption = workload.caption_tokens + workload.prefix_tokens / workload.group
         return self.cache_tokens / per_caption
 
     def step_seconds(self, batch: float, context: float) -> float:
-        """One token for each of `batch` captions of `context` tokens."""
+        """Seconds of one decoding step: a token for each of `batch` captions of `context` tokens."""
         architecture, gpu, efficiency = self.architecture, self.cluster.gpu, self.cluster.efficiency
         parameters = language_parameters(architecture) / self.tensor
         bandwidth = gpu.memory_bandwidth * efficiency.decode
@@ -77,6 +77,6 @@ class Generation:
 
 
 def cache_bytes_per_token(architecture: Architecture, tensor: int) -> float:
-    """Keys and values of one token on one rank: key/value heads are cut over ranks until each has one."""
+    """Bytes of one token's keys and values on one rank. Ranks share the key/value heads, each has at least one."""
     heads = max(architecture.num_kv_heads // tensor, 1)
     return 2 * BF16 * architecture.num_layers * heads * architecture.head_dim

@@ -1,4 +1,4 @@
-"""What a cluster can do at best, and which share of it the software reaches: every constant with its source."""
+"""Peak rates of a cluster and the shares of them that the software reaches, each constant with its source."""
 
 from dataclasses import dataclass
 
@@ -86,7 +86,7 @@ class Cluster:
         return self.nodes * self.gpus_per_node
 
     def bandwidth(self, ranks: int, stride: int = 1) -> float:
-        """Bytes a second that each of `ranks` ranks, `stride` apart, sends in a collective while all others do too.
+        """Bytes a second that each of `ranks` ranks, `stride` apart, can send in a collective while all others do too.
 
         Ranks of a group that share a node share its adapters: a ring that leaves the node uses all of them.
         """

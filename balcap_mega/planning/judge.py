@@ -1,4 +1,4 @@
-"""What a step waits for its judge: the tokens of the judge's protocol at the rates that rollouts are planned with."""
+"""How fast a judge is: the tokens of its protocol, at the rates that rollouts are planned with."""
 
 import json
 import tempfile
@@ -124,7 +124,7 @@ def _image_tokens(workload: Workload) -> int:
 
 
 def released_architecture(model: str) -> Architecture:
-    """By the name under which the model is served; a quantised one counts as what it was made from."""
+    """The released model of that name; a quantised one counts as the model that it was made from."""
     name = Path(model).name.lower()
     for released, sizes in RELEASED.items():
         if name.startswith(released.lower()):

@@ -1,5 +1,4 @@
-"""The keys of a run that the planner chooses, as one value: what is searched over, and what it is called on a command
-line."""
+"""The keys of a run that the planner chooses, as one value."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +8,7 @@ from balcap_mega.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is laid out over its GPUs; everything else of a `RunConfig` says what is computed."""
+    """How a run is laid out over its GPUs. No other key of a `RunConfig` is searched over."""
 
     tensor: int
     pipeline: int
@@ -36,7 +35,7 @@ class Layout:
         )
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """The run `config`, laid out like this."""
+        """`config` with this layout's keys."""
         sections = {
             "parallel": {"tensor": self.tensor, "pipeline": self.pipeline, "sequence": self.sequence},
             "model": {"recompute": self.recompute, "fp8": self.fp8},
@@ -52,7 +51,7 @@ class Layout:
         )
 
     def overrides(self) -> list[str]:
-        """`key=value` for a command line."""
+        """The layout as `key=value` arguments of a command line."""
         return [
             f"parallel.tensor={self.tensor}",
             f"parallel.pipeline={self.pipeline}",

@@ -1,4 +1,4 @@
-"""Rows of `benchmarks/throughput.py` against their predictions, and predictions that start from them."""
+"""Compares rows of `benchmarks/throughput.py` with their predictions, and fits constants to them."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ ASSUMPTIONS = (
     "the judge is as fast as --judge-gpus make it, or as it was measured, and image decoding hides behind generation",
     "memory of CUDA, NCCL and the engine's workspace is as assumed in planning/memory.py",
 )
-"""What an extrapolation to a cluster rests on."""
+"""The assumptions of an extrapolation to a cluster, for the reader."""
 
 
 @dataclass(frozen=True)

@@ -20,21 +20,21 @@ from balcap_mega.planning.workload import Rows, Workload
 from balcap_mega.rollout.refit.refit import BUCKET_BYTES
 
 OPTIMIZER_BYTES = 3 * FP32
-"""Of each trained parameter: the float32 weight and two moments."""
+"""Bytes for each trained parameter: its float32 weight and AdamW's two float32 moments."""
 
 CONTEXT = 2.0 * GIB
 """CUDA context, loaded kernels, NCCL's buffers and cuBLAS' workspaces, of learner and engine together. Assumed."""
 
 ASLEEP = 1.0 * GIB
-"""What a sleeping engine keeps: its CUDA graphs and workspaces. Assumed."""
+"""Bytes that a sleeping engine keeps: CUDA graphs and workspaces. Assumed."""
 
 ENGINE_WORKSPACE = 4.0 * GIB
-"""Of an engine awake, within its fraction: CUDA graphs, and activations of a prefill of 8,192 tokens with its images
-and logits. Assumed."""
+"""Bytes that an awake engine takes of its fraction for CUDA graphs, and for activations, images and logits of a prefill
+of 8,192 tokens. Assumed."""
 
 FRAGMENTATION = 0.05
-"""Of what the learner allocates beyond weights, lost between blocks: 75.3 GiB reserved for 72.1 allocated in
-Megatron-Bridge pull request 5266."""
+"""Share lost to fragmentation of what the learner allocates beyond weights: Megatron-Bridge's pull request 5266 reports
+75.3 GiB reserved for 72.1 GiB allocated."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def predict_memory(
 def _backward(
     config: RunConfig, architecture: Architecture, workload: Workload, rows: Rows, stage: int, weights: int
 ) -> dict[str, float]:
-    """What passes over rows take beyond a stage's `weights`, gradients and optimizer, 1F1B: the earlier a stage, the
-    more rows have passed it forward and not yet backward."""
+    """Bytes of activations under 1F1B, beyond a stage's `weights`, gradients and optimizer. The earlier a stage, the
+    more rows have had their forward pass there, but not their backward pass."""
     parallel = config.parallel
     activations = Activations(architecture, parallel.tensor, parallel.sequence, config.model.recompute)
     layers = architecture.layers_per_stage(parallel.pipeline)[stage]
@@ -141,12 +141,12 @@ def _backward(
 
 
 def in_blocks(size: float) -> float:
-    """What `HostMemory` takes for so many bytes."""
+    """Bytes of the blocks that `HostMemory` allocates for so many bytes."""
     return math.ceil(size / BLOCK_BYTES) * BLOCK_BYTES
 
 
 def pinned_bytes(sizes: Sequence[float]) -> float:
-    """What a sleeping engine's weights take on the host, of parameters of these sizes.
+    """Host memory of a sleeping engine's weights, given its parameters' sizes.
 
     PyTorch gives each of 10 MiB or more an allocation of its own, in steps of 2 MiB, and smaller ones share some of 20
     MiB. For a copy of each vLLM pins memory, which PyTorch rounds up to a power of two.

@@ -12,7 +12,7 @@ from balcap_mega.models.huggingface.table import Block
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Of one tensor-parallel rank of a pipeline stage; embedding and head are 0 where the stage has none."""
+    """Elements on one tensor-parallel rank of a pipeline stage; embedding and head are 0 where the stage has none."""
 
     vision: int
     embedding: int
@@ -37,7 +37,7 @@ class ParameterCounts:
         self.engine_parameters = lru_cache(self._engine_parameters)
 
     def _stages(self, tensor: int, pipeline: int) -> list[StageParameters]:
-        """Of every pipeline stage of the policy; all tensor-parallel ranks of a stage hold equally many."""
+        """The counts of every pipeline stage of the policy; all tensor-parallel ranks of a stage hold equally many."""
         return [self._stage(tensor, pipeline, rank) for rank in range(pipeline)]
 
     def _stage(self, tensor: int, pipeline: int, rank: int) -> StageParameters:
@@ -55,11 +55,11 @@ class ParameterCounts:
         return StageParameters(sizes["vision"], sizes["embedding"], sizes["decoder"], sizes["output_layer"])
 
     def engine(self, tensor: int) -> int:
-        """Of one rank of a vLLM engine."""
+        """Elements on one rank of a vLLM engine."""
         return sum(self.engine_parameters(tensor))
 
     def _engine_parameters(self, tensor: int) -> tuple[int, ...]:
-        """The same by parameter, as vLLM fuses them."""
+        """The same for each of vLLM's fused parameters."""
         whole_vision = self.architecture.family.vision_data_parallel and tensor > 1
         blocks = vllm_blocks(self.architecture, tensor_rank=0, tensor_size=tensor, vision_data_parallel=whole_vision)
         sizes: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Every layout of a run on a cluster, predicted: the best first, and of the others why they cannot be."""
+"""Predicts every layout of a run on a cluster; lists the fastest first, and why the others are not possible."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Search:
-    """plans: those that can be, fastest first; refusals: the rest, in the order tried; memory: bytes of one GPU."""
+    """plans: possible layouts, fastest first. refusals: the others, in the order tried. memory: bytes of one GPU."""
 
     plans: tuple[Plan, ...]
     refusals: tuple[Refusal, ...]
@@ -60,7 +60,7 @@ def search(planner: Planner, *, fp8: bool = False) -> Search:
 
 @dataclass(frozen=True)
 class Split:
-    """Nodes for training and for the judge, the best layout of the first, and the captions a second of the second."""
+    """Numbers of nodes for training and for judging; the former's best layout, and the latter's captions a second."""
 
     training: int
     judging: int
@@ -90,7 +90,7 @@ def split_nodes(planner: Planner, model: str, nodes: int, *, fp8: bool = False) 
 
 
 def _smallest_engine(planner: Planner, layout: Layout) -> Plan | Refusal:
-    """That layout with as little memory for the engine as makes it as fast as it can be."""
+    """`layout` with the smallest `memory_fraction` of those with which it is fastest; a refusal if none fits."""
     found: Plan | Refusal | None = None
     for fraction in MEMORY_FRACTIONS:
         layout = replace(layout, memory_fraction=fraction)
@@ -102,6 +102,7 @@ def _smallest_engine(planner: Planner, layout: Layout) -> Plan | Refusal:
         if isinstance(found, Plan) and found.own_seconds <= plan.own_seconds:
             break
         found = plan
+    assert found is not None, "there are fractions to try"
     return found
 
 
