@@ -1,6 +1,6 @@
-"""Which captions go into which row of which data-parallel rank, from lengths alone.
+"""Assigns captions to rows and rows to data-parallel ranks, from their lengths alone.
 
-Every rank assigns the whole step and gets the same answer, so nothing is sent; it then builds only its own rows.
+Every rank computes the assignment of the whole step, which is the same on all, and then builds only its own rows.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from balcap_mega.errors import UserError
 
 @dataclass(frozen=True)
 class GroupLengths:
-    """Tokens of a group's prefix (prompt with its expanded image tokens) and of each of its captions' responses."""
+    """Numbers of tokens: of a group's prefix (the prompt with its image tokens expanded), and of each response."""
 
     prefix: int
     captions: tuple[int, ...]
@@ -30,12 +30,12 @@ Row = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class RowAssignment:
-    """rows[rank][microbatch] is a row; every rank has the same number of them. Some may be empty.
+    """rows[rank][microbatch] is a row, which may be empty; every rank has the same number of rows.
 
     tokens:          row tokens over all ranks, padding included
     padding:         of those, tokens that pad rows to their multiple
-    unshared_tokens: what the same captions would take with a prefix each
-    imbalance:       the costliest rank's work over the mean rank's, at least 1
+    unshared_tokens: row tokens of the same captions if each had a copy of its prefix
+    imbalance:       work of the costliest rank over the mean of all ranks, at least 1
     """
 
     rows: tuple[tuple[Row, ...], ...]
@@ -107,7 +107,7 @@ def _added(caption: int) -> int:
 
 
 class _Costs:
-    """Tokens and work of pieces, rows and ranks, work in units of one head-dimension-wide query-key pair (4·h FLOPs).
+    """Numbers of tokens, and costs, of pieces, rows and ranks. The unit of cost is one query-key pair, 4·h FLOPs.
 
     A dense layer of about 12·h² weights costs a token 24·h² FLOPs, as much as 6·h pairs.
     """
@@ -136,7 +136,7 @@ class _Costs:
 
 
 def _split(piece: Piece, costs: _Costs, capacity: int) -> list[Piece]:
-    """As few pieces as fit `capacity` tokens each, of about equal cost."""
+    """Split into the fewest pieces of at most `capacity` tokens each, of about equal cost."""
     for count in range(1, len(piece.captions) + 1):
         pieces = _even_pieces(piece, costs, count)
         if all(costs.piece(part)[0] <= capacity for part in pieces):
@@ -145,7 +145,7 @@ def _split(piece: Piece, costs: _Costs, capacity: int) -> list[Piece]:
 
 
 def _even_pieces(piece: Piece, costs: _Costs, count: int) -> list[Piece]:
-    """`count` pieces, the costliest caption first to the cheapest piece."""
+    """Split into `count` pieces: each caption, the costliest first, goes to the piece that is cheapest so far."""
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for caption in sorted(piece.captions, key=lambda caption: (-costs.caption(piece, caption)[1], caption)):
@@ -162,7 +162,7 @@ def _costliest_to_split(ranks: Sequence[Sequence[Row]], costs: _Costs) -> Piece 
 
 
 def _distribute(pieces: list[Piece], costs: _Costs, capacity: int, data_size: int) -> tuple[tuple[Row, ...], ...]:
-    """Longest processing time first, twice: pieces to the fewest rows that hold them, then rows to ranks."""
+    """Assign pieces to the fewest rows that hold them, then rows to ranks, each time the costliest first."""
     measured = [(*costs.piece(piece), piece) for piece in pieces]
     measured.sort(key=lambda entry: (-entry[1], entry[2].group, entry[2].captions))
     total = sum(tokens for tokens, _, _ in measured)
@@ -181,7 +181,7 @@ def _distribute(pieces: list[Piece], costs: _Costs, capacity: int, data_size: in
 
 
 def _fill(measured: list[tuple[int, int, Piece]], count: int, capacity: int) -> list[tuple[int, Row]] | None:
-    """`count` rows as (cost, pieces in group order), or None where some piece finds no row with room for it."""
+    """`count` rows as (cost, pieces in group order); None if a piece fits no row."""
     rows: list[list[Piece]] = [[] for _ in range(count)]
     tokens, loads = [0] * count, [0] * count
     for size, cost, piece in measured:

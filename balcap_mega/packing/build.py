@@ -1,4 +1,4 @@
-"""One row as tensors."""
+"""Builds the tensors of one row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class PackingGroup:
     prompt_token_ids: [P], image tokens expanded
     position_ids:     [3, P] int64 rotary positions of the prompt (temporal, height, width)
     captions:         response token ids of each rollout
-    first_sequence:   the step-wide number of the first rollout; the others count on from it
+    first_sequence:   number of the group's first rollout among all rollouts of the step; the others follow it
     """
 
     prompt_token_ids: Sequence[int]
@@ -33,10 +33,10 @@ class PackingGroup:
 
 
 def build_row(row: Row, groups: Sequence[PackingGroup] | Mapping[int, PackingGroup], *, pad_to: int = 1) -> PackedRow:
-    """The tensors of `row`; `groups` needs only the groups that it names.
+    """Build the tensors of `row`. `groups` needs only the groups that the row names.
 
-    Each prefix stands once, then each of its captions without its last token, at the positions that follow the
-    prefix's largest one. A caption that has its prefix to itself forms one causal segment with it.
+    Each prefix is there once, followed by its captions without their last tokens. A caption's positions continue from
+    the largest position of its prefix. A prefix with a single caption forms one causal segment with it.
     """
     writer = _RowWriter()
     for piece in row:

@@ -1,4 +1,4 @@
-"""The packed row: what one microbatch of the policy is."""
+"""The packed row, which is one microbatch of the policy."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ class PackedRow:
     segments:      [M, 4] int32 rows (start, stop, prefix_start, prefix_stop): tokens start:stop attend to
                    prefix_start:prefix_stop in full and to themselves causally; a prefix has an empty prefix
     images:        for each image in order of appearance, the prompt it belongs to (index into the step's groups)
-    hidden_rows:   [R] int64, where in the row the hidden state stands that predicts each response token; the last
-                   prefix token serves the first token of every caption of its group, so indices repeat
+    hidden_rows:   [R] int64, index in the row of the hidden state that predicts each response token. The last prefix
+                   token predicts the first token of every caption of its group, so indices repeat
     targets:       [R] int64 response tokens
     sequence_ids:  [R] int64, which rollout of the step's N each response token belongs to
     token_index:   [R] int64, the token's place within its rollout's response

@@ -1,12 +1,12 @@
-"""Which parts of a checkpoint get unpickled on loading, and whether that can do more than build data.
+"""Checks the pickles in a checkpoint before Megatron loads them: they may build data, and do nothing else.
 
     .metadata              torch's index of the shard files: a raw pickle
     common.pt              small values: a `torch.save` file
     a layer's extra state  a `torch.save` file within the shard files, which torch reads without `weights_only`; for
                            FP8 layers it holds the bytes of one more pickle, which Transformer Engine reads
 
-All of them are read here first, by unpicklers that know the classes such content is made of and refuse all others. What
-passes cannot run code when Megatron reads it again.
+Unpicklers that allow only the classes of such content read all of them first. A pickle that passes cannot run code
+when Megatron reads it again.
 """
 
 import io
@@ -108,7 +108,7 @@ def _read_extra_state(data: bytes) -> None:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Finds the classes named in `classes`, and dtypes, and nothing else."""
+    """Allows the classes in `classes`, by module, and torch's dtypes. Others raise one of MALFORMED."""
 
     classes: dict[str, set[str]]
 
