@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import get_vision_window_index
 
 from balcap_mega.models.families.interface import Decoder, Shapes, TinySpec
 from balcap_mega.models.families.qwen_vl import (
     CHAT_TEMPLATE,
+    QwenVisionTower,
     QwenVL,
     tiny_text_config,
     tiny_token_ids,
@@ -20,35 +19,29 @@ from balcap_mega.models.families.qwen_vl import (
 )
 from balcap_mega.models.families.tiny import initial_std, save
 from balcap_mega.models.huggingface.table import Table, linear
-from balcap_mega.models.vision import VisionInputs, VisionTower
-from balcap_mega.models.vision_attention import BATCHED_SEGMENTS
-from balcap_mega.parallel.transfer import concatenated, to_device
+from balcap_mega.models.vision import VisionInputs
+from balcap_mega.parallel.transfer import to_device
 
 
-class Qwen2_5_VisionTower(VisionTower):
-    """Window-attention ViT with its 2x2 merger; as many embeddings an image as its size asks for."""
+class Qwen2_5_VisionTower(QwenVisionTower):
+    """ViT with attention within windows, and within the image in some of its layers."""
 
     def __init__(self, config: PretrainedConfig):
-        super().__init__()
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(deepcopy(config.vision_config))
-        self.visual.config._attn_implementation = BATCHED_SEGMENTS
-        self.width = config.vision_config.out_hidden_size
-
-    def token_count(self, image: VisionInputs) -> int:
-        return int(image.image_grid_thw.prod()) // self.visual.spatial_merge_unit
+        super().__init__(Qwen2_5_VisionTransformerPretrainedModel, config)
 
     def forward(self, images: Sequence[VisionInputs]) -> Tensor:
-        visual, weight = self.visual, self.visual.patch_embed.proj.weight
-        grids = torch.cat([image.image_grid_thw for image in images])  # on the host, and so what bounds segments
-        merged = visual.spatial_merge_size
-        windows, bounds = get_vision_window_index(grids, merged, visual.window_size, visual.patch_size)
+        visual = self.visual
+        patches, grids, positions = self.inputs(images)
+        windows, bounds = get_vision_window_index(
+            grids, visual.spatial_merge_size, visual.window_size, visual.patch_size
+        )
         return visual(
-            concatenated([image.pixel_values for image in images], weight),
+            patches,
             grid_thw=grids,
-            position_ids=to_device(get_vision_position_ids(grids, merged), weight.device),
-            window_index=to_device(windows, weight.device),
+            position_ids=positions,
+            window_index=to_device(windows, patches.device),
             cu_window_seqlens=bounds,
         ).pooler_output
 

@@ -9,20 +9,17 @@ positions and vision table are these; what it would need beside them stands in t
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.vision_utils import (
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-)
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from balcap_mega.models.families.interface import Decoder, Shapes, TinySpec
 from balcap_mega.models.families.qwen_vl import (
     CHAT_TEMPLATE,
+    QwenVisionTower,
     QwenVL,
     tiny_text_config,
     tiny_token_ids,
@@ -30,28 +27,21 @@ from balcap_mega.models.families.qwen_vl import (
 )
 from balcap_mega.models.families.tiny import initial_std, save
 from balcap_mega.models.huggingface.table import Table, linear
-from balcap_mega.models.vision import VisionInputs, VisionTower
-from balcap_mega.models.vision_attention import BATCHED_SEGMENTS
-from balcap_mega.parallel.transfer import concatenated, to_device
+from balcap_mega.models.vision import VisionInputs
+from balcap_mega.parallel.transfer import to_device
 
 
-class Qwen3_VisionTower(VisionTower):
+class Qwen3_VisionTower(QwenVisionTower):
     """ViT with full attention within each image; a merger at its end, and one behind each DeepStack layer."""
 
     def __init__(self, config: PretrainedConfig):
-        super().__init__()
         from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-        self.visual = Qwen3VLVisionModel._from_config(deepcopy(config.vision_config))
-        self.visual.config._attn_implementation = BATCHED_SEGMENTS
-        self.width = config.vision_config.out_hidden_size * (1 + len(config.vision_config.deepstack_visual_indexes))
-
-    def token_count(self, image: VisionInputs) -> int:
-        return int(image.image_grid_thw.prod()) // self.visual.spatial_merge_unit
+        super().__init__(Qwen3VLVisionModel, config, 1 + len(config.vision_config.deepstack_visual_indexes))
 
     def forward(self, images: Sequence[VisionInputs]) -> Tensor:
-        visual, weight = self.visual, self.visual.patch_embed.proj.weight
-        grids = torch.cat([image.image_grid_thw for image in images])  # on the host, and so what bounds segments
+        visual = self.visual
+        patches, grids, positions = self.inputs(images)
         indices, weights = get_vision_interpolation_indices_and_weights(
             grids,
             visual.num_grid_per_side,
@@ -60,11 +50,11 @@ class Qwen3_VisionTower(VisionTower):
             spatial_merge_size=visual.spatial_merge_size,
         )
         output = visual(
-            concatenated([image.pixel_values for image in images], weight),
+            patches,
             grid_thw=grids,
-            interp_indices=to_device(indices, weight.device),
-            interp_weights=to_device(weights, weight.device),
-            position_ids=to_device(get_vision_position_ids(grids, visual.spatial_merge_size), weight.device),
+            interp_indices=to_device(indices, patches.device),
+            interp_weights=to_device(weights, patches.device),
+            position_ids=positions,
         )
         return torch.cat([output.pooler_output, *output.deepstack_features], dim=1)
 

@@ -1,15 +1,19 @@
-"""What the Qwen-VL families share: special tokens, the chat template, packed patches, multimodal rotary positions."""
+"""What the Qwen-VL families share: tokens, chat template, patches, the tower's inputs, multimodal rotary positions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.vision_utils import get_vision_position_ids
 
 from balcap_mega.models.families.interface import Family, TinySpec
 from balcap_mega.models.families.tiny import DECODER, initial_std, train_bpe
-from balcap_mega.models.vision import VisionInputs
+from balcap_mega.models.vision import VisionInputs, VisionTower
+from balcap_mega.models.vision_attention import BATCHED_SEGMENTS
+from balcap_mega.parallel.transfer import concatenated, to_device
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -67,6 +71,33 @@ class QwenVL(Family):
     def image_tokens(self, config: PretrainedConfig) -> int:
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
         return MEGAPIXEL // side**2
+
+
+class QwenVisionTower(VisionTower):
+    """transformers' ViT of a Qwen-VL, with its 2x2 merger; as many embeddings an image as its size asks for."""
+
+    def __init__(self, visual: Any, config: PretrainedConfig, levels: int = 1):
+        """visual: transformers' class. levels: how many sets of `out_hidden_size` channels come out side by side."""
+        super().__init__()
+        self.visual = visual._from_config(deepcopy(config.vision_config))
+        self.visual.config._attn_implementation = BATCHED_SEGMENTS
+        self.width = levels * config.vision_config.out_hidden_size
+
+    def token_count(self, image: VisionInputs) -> int:
+        return int(image.image_grid_thw.prod()) // self.visual.spatial_merge_unit
+
+    def inputs(self, images: Sequence[VisionInputs]) -> tuple[Tensor, Tensor, Tensor]:
+        """(patches, grids, positions) of all images.
+
+        patches:   [P, channels * temporal * patch * patch], on the tower's device and in its dtype
+        grids:     [images, 3] int64, patches in time, height and width, on the host, and so what bounds segments
+        positions: [P, 2] int64, row and column of each patch, on the tower's device
+        """
+        weight = self.visual.patch_embed.proj.weight
+        grids = torch.cat([image.image_grid_thw for image in images])
+        positions = get_vision_position_ids(grids, self.visual.spatial_merge_size)
+        patches = concatenated([image.pixel_values for image in images], weight)
+        return patches, grids, to_device(positions, weight.device)
 
 
 def mrope_position_ids(is_image: Tensor, image_grid_thw: Tensor, spatial_merge_size: int) -> Tensor:
