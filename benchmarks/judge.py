@@ -18,12 +18,12 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from judge_captions import captions, exchanges
+from judge_captions import FixtureCaption, answer_exchanges, captions, exchanges
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -51,11 +51,11 @@ LAYOUTS = {  # addresses that see pictures, and addresses for the text questions
 }
 
 
-def count_tokens() -> dict[str, dict[str, float]]:
+def count_tokens(asked: Callable[[FixtureCaption], list[tuple[str, dict, str]]]) -> dict[str, dict[str, float]]:
     """By question: tokens written and read a caption, and those of the read ones that a prefix cache has."""
     cache, found = PrefixCache(10**9), {}
     for caption in captions():
-        for name, body, reply in exchanges(caption):
+        for name, body, reply in asked(caption):
             ids = prompt_tokens(body)
             counts = found.setdefault(name, {"written": 0.0, "read": 0.0, "shared": 0.0})
             for key, tokens in (
@@ -151,7 +151,8 @@ def spent(report: JudgeReport, before: JudgeReport, name: str, count: int) -> fl
 
 
 def show_tokens(console: Console) -> dict:
-    now, before = count_tokens(), json.loads(BEFORE.read_text())["tokens"]
+    now, before = count_tokens(exchanges), json.loads(BEFORE.read_text())["tokens"]
+    utility = count_tokens(answer_exchanges)
     table = Table(title=f"Tokens a caption by {TOKENIZER}, mean of {len(captions())} captions")
     for head in ("", "written", "read", "of it shared", "written before", "read before", "share of before"):
         table.add_column(head, justify="right" if head else "left")
@@ -160,8 +161,10 @@ def show_tokens(console: Console) -> dict:
         numbers = (counts["written"], counts["read"], counts["shared"], old["written"], old["read"])
         share = f"{counts['written'] / old['written']:.2f}"
         table.add_row(name, *(f"{number:.0f}" for number in numbers), share)
+    for name, counts in utility.items():
+        table.add_row(f"{name}, for utility", *(f"{counts[key]:.0f}" for key in ("written", "read", "shared")))
     console.print(table)
-    return {"tokenizer": TOKENIZER, "captions": len(captions()), "tokens": now, "before": before}
+    return {"tokenizer": TOKENIZER, "captions": len(captions()), "tokens": now | utility, "before": before}
 
 
 def show_rates(console: Console, options: argparse.Namespace) -> dict:
