@@ -50,16 +50,16 @@ WIDTHS = {
 }
 
 
-def write_checkpoint(folder: Path, model: str, gib: float) -> Architecture:
+def write_checkpoint(folder: Path, model: str, gib: float, vocabulary: int = VOCABULARY) -> Architecture:
     """A random bfloat16 checkpoint of `model`'s widths with as many layers as fit `gib`, at least one."""
     hidden, intermediate, heads, kv_heads, layers, tied = WIDTHS[model]
     head_dim = hidden // heads
     layer = hidden * (2 * hidden + 2 * kv_heads * head_dim + 3 * intermediate)
-    embeddings = VOCABULARY * hidden * (1 if tied else 2)
+    embeddings = vocabulary * hidden * (1 if tied else 2)
     layers = min(max(int((gib * 2**30 / 2 - embeddings) // layer), 1), layers)
     text = {
         "hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "vocab_size": VOCABULARY,
+        "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "vocab_size": vocabulary,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     }  # fmt: skip
     # The small checkpoint brings tokenizer and processor; its weights give way to those of the real widths.

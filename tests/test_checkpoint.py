@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
 from balcap_mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from balcap_mega.errors import UserError
@@ -28,8 +29,11 @@ from balcap_mega.models.policy import build_policy
 from balcap_mega.parallel.gradients import build_optimizer, wrap_ddp
 from balcap_mega.parallel.groups import destroy_parallel, initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
+from balcap_mega.planning.memory import checkpoint_bytes
+from balcap_mega.planning.parameters import ParameterCounts
 from balcap_mega.training.checkpoint.format import latest_checkpoint, load_checkpoint
 from balcap_mega.training.checkpoint.writer import CheckpointWriter
+from tests.support.checkpoints import allocated, gathered_state, gathering
 from tests.support.distributed import launch
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e9)
@@ -100,11 +104,15 @@ def draw() -> list[float]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Weights at the checkpoint and after one more update, and random numbers drawn right after the checkpoint."""
+    """Weights at the checkpoint and after one more update, and random numbers drawn right after the checkpoint.
+
+    host_bytes: what taking or loading the checkpoint allocated on this rank, at its peak
+    """
 
     saved: dict[tuple, np.ndarray]
     after: dict[tuple, np.ndarray]
     drawn: list[float]
+    host_bytes: int
 
 
 def save_and_go_on(folder: Path, target: Path, layout: dict) -> Outcome:
@@ -113,22 +121,48 @@ def save_and_go_on(folder: Path, target: Path, layout: dict) -> Outcome:
     learner.update(1)
     draw()
     writer = learner.writer(target, keep=1)
-    learner.start(writer, 2)
+    host_bytes = allocated(lambda: learner.start(writer, 2))
     saved, drawn = deepcopy(learner.weights()), draw()
     learner.update(2)  # training goes on before the checkpoint is whole
     writer.finish()
     destroy_parallel()
-    return Outcome(saved, learner.weights(), drawn)
+    return Outcome(saved, learner.weights(), drawn, host_bytes)
+
+
+def save_gathered(folder: Path, target: Path, layout: dict) -> int:
+    """Save one state in shares and as Megatron gathers it, and have Megatron read both alike; return the peak bytes."""
+    learner = Learner(folder, ParallelConfig(**layout))
+    learner.update(0)
+    learner.update(1)
+    shared, gathered = learner.writer(target / "shared"), learner.writer(target / "gathered")
+    learner.start(shared, 2)
+    shared.finish()
+    with gathering():
+        host_bytes = allocated(lambda: learner.start(gathered, 2))
+        gathered.finish()
+    found = []
+    for path in (target / "shared", target / "gathered"):
+        with learner.platform.megatron():
+            state, _ = gathered_state(learner.model, learner.optimizer, is_loading=True)
+            loaded = dist_checkpointing.load(state, str(latest_checkpoint(path) / "megatron"))
+        found.append(loaded["optimizer"]["param_state"])
+    for index, tensors in found[1].items():
+        assert tensors.keys() == {"param", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(tensor, found[0][index][name]) for name, tensor in tensors.items())
+    destroy_parallel()
+    return host_bytes
 
 
 def resume_and_go_on(folder: Path, target: Path, layout: dict) -> Outcome:
     learner = Learner(folder, ParallelConfig(**layout))
     learner.update(5)  # whatever was there before is replaced
-    assert learner.load(latest_checkpoint(target)) == {"step": 2}
+    extra = {}
+    host_bytes = allocated(lambda: extra.update(learner.load(latest_checkpoint(target))))
+    assert extra == {"step": 2}
     saved, drawn = deepcopy(learner.weights()), draw()
     learner.update(2)
     destroy_parallel()
-    return Outcome(saved, learner.weights(), drawn)
+    return Outcome(saved, learner.weights(), drawn, host_bytes)
 
 
 TIED = {"family": "qwen2_5_vl", "tie_word_embeddings": True, "text_config": {"num_hidden_layers": 3}}
@@ -141,12 +175,29 @@ CASES = (
 )
 
 
-def all_cases(folders: list[Path], target: Path) -> list[tuple[Outcome, list[Outcome]]]:
-    results = []
+GATHERED = 1  # the case whose checkpoint is also written as Megatron gathers it
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of one rank: each case as it was saved and resumed; the case GATHERED as Megatron gathers it, and from that.
+
+    gathering_bytes: what gathering allocated, at its peak
+    """
+
+    cases: list[tuple[Outcome, list[Outcome]]]
+    gathering_bytes: int
+    from_gathered: Outcome
+
+
+def all_cases(folders: list[Path], target: Path) -> Results:
+    cases = []
     for index, (folder, (_, saving, loading)) in enumerate(zip(folders, CASES, strict=True)):
         before = save_and_go_on(folder, target / str(index), saving)
-        results.append((before, [resume_and_go_on(folder, target / str(index), layout) for layout in loading]))
-    return results
+        cases.append((before, [resume_and_go_on(folder, target / str(index), layout) for layout in loading]))
+    folder, (_, saving, loading) = folders[GATHERED], CASES[GATHERED]
+    gathering = save_gathered(folder, target, saving)
+    return Results(cases, gathering, resume_and_go_on(folder, target / "gathered", loading[-1]))
 
 
 def whole(ranks: list[dict[tuple, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -170,20 +221,42 @@ def assert_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray],
         assert np.array_equal(actual[name], expected[name]), (what, name)
 
 
-def test_resume_is_bit_exact_at_any_layout(tiny_checkpoint, tmp_path):
-    """Gradients are given, so that even another layout's next update must not differ in a single bit."""
+@pytest.fixture(scope="module")
+def by_rank(tiny_checkpoint, tmp_path_factory) -> list[Results]:
     folders = [tiny_checkpoint(**options) for options, _, _ in CASES]
-    by_rank = launch(4, all_cases, folders, tmp_path)
+    return launch(4, all_cases, folders, tmp_path_factory.mktemp("checkpoints"))
+
+
+def test_resume_is_bit_exact_at_any_layout(by_rank):
+    """Gradients are given, so that even another layout's next update must not differ in a single bit."""
     for case, (_, saving, loading) in enumerate(CASES):
-        before = [results[case][0] for results in by_rank]
+        before = [results.cases[case][0] for results in by_rank]
         saved, after = whole([rank.saved for rank in before]), whole([rank.after for rank in before])
         assert any(not np.array_equal(saved[name], after[name]) for name in saved)
         for index, layout in enumerate(loading):
-            resumed = [results[case][1][index] for results in by_rank]
+            resumed = [results.cases[case][1][index] for results in by_rank]
             assert_equal(whole([rank.saved for rank in resumed]), saved, layout)
             assert_equal(whole([rank.after for rank in resumed]), after, layout)
             if layout == saving:
                 assert [rank.drawn for rank in resumed] == [rank.drawn for rank in before]
+        if case == GATHERED:
+            resumed = [results.from_gathered for results in by_rank]
+            assert_equal(whole([rank.saved for rank in resumed]), saved, "gathered")
+            assert_equal(whole([rank.after for rank in resumed]), after, "gathered")
+
+
+MESSAGES = 2**18  # bytes: what ranks tell each other of tensors, whatever these hold
+
+
+def test_no_rank_holds_more_of_a_checkpoint_than_its_share(by_rank, tiny_checkpoint):
+    """Of 12 bytes a trained parameter, and as the planner says; gathered, the first of four ranks held it all."""
+    [parameters] = ParameterCounts(Architecture.from_folder(tiny_checkpoint(**LLAVA))).stages(1, 1)
+    most = 1.3 * 12 * parameters.language / 4 + MESSAGES
+    saving = [results.cases[GATHERED][0].host_bytes for results in by_rank]
+    loading = [resumed.host_bytes for results in by_rank for resumed in results.cases[GATHERED][1]]
+    assert max(saving + loading) < most
+    assert max(saving) == pytest.approx(checkpoint_bytes(parameters.total, parameters.language, 4), rel=0.1)
+    assert max(results.gathering_bytes for results in by_rank) > 4 * most
 
 
 def save_three(folder: Path, target: Path) -> None:

@@ -12,8 +12,9 @@ import skimage.data
 import torch
 
 from balcap_mega.config.load import load_config
+from balcap_mega.diagnostics import host
 from balcap_mega.diagnostics.collectives import RankTiming, judge_timings, measure
-from balcap_mega.diagnostics.host import Needs, check_disk, check_shared_memory
+from balcap_mega.diagnostics.host import Needs, check_checkpoint_time, check_disk, check_shared_memory
 from balcap_mega.diagnostics.inputs import check_config
 from balcap_mega.diagnostics.pins import check_requirements
 from balcap_mega.errors import UserError
@@ -131,9 +132,32 @@ def test_judge_without_images_is_found_out(tmp_path):
     assert finding.status == "FAIL" and "http_400" in finding.detail and "takes images" in finding.remedy
 
 
+def test_checkpoint_must_reach_the_disk_in_time(tmp_path, monkeypatch):
+    """Each remedy, taken, leaves nothing to say."""
+
+    def found(seconds: float, *keys: str):
+        config = load_config(SMOKE, [f"output_dir={tmp_path / 'run'}", *keys])
+        return check_checkpoint_time(config, Needs(disk=1, memory=1, checkpoint=int(seconds * 1e8)), 2)
+
+    assert found(1e-3).status == "ok", "at the disk's own rate"
+    monkeypatch.setattr(host, "_write_rate", lambda folder, ranks: 1e8)
+    assert found(100).status == "ok"
+    for seconds, status, key, number in (
+        (400, "warn", "checkpoint.grace_seconds", "1200"),
+        (2000, "FAIL", "checkpoint.timeout_seconds", "4000"),
+    ):
+        finding = found(seconds)
+        assert finding.status == status and f"{key}={number}" in finding.remedy and f"{key}=" in finding.detail
+        assert key not in found(seconds, f"{key}={number}").detail
+    assert "signal=B:USR1@1260" in found(400).remedy
+    unwritable = load_config(SMOKE, ["output_dir=/dev/null/run"])
+    monkeypatch.undo()
+    assert check_checkpoint_time(unwritable, Needs(disk=1, memory=1, checkpoint=1), 2).status == "FAIL"
+
+
 def test_what_the_host_lacks(tmp_path):
-    assert check_disk(tmp_path / "not" / "yet", Needs(disk=1, memory=1)).status == "ok"
-    assert check_disk(tmp_path, Needs(disk=2**60, memory=1)).status == "FAIL"
+    assert check_disk(tmp_path / "not" / "yet", Needs(disk=1, memory=1, checkpoint=1)).status == "ok"
+    assert check_disk(tmp_path, Needs(disk=2**60, memory=1, checkpoint=1)).status == "FAIL"
     assert check_shared_memory(tmp_path).status in ("ok", "warn")
     unwritable = check_config(load_config(SMOKE, ["output_dir=/dev/null/run"]), 2)
     assert unwritable.status == "FAIL" and "output_dir=/dev/null/run" in unwritable.detail and unwritable.remedy

@@ -94,6 +94,15 @@ def test_a_search_tries_everything_and_keeps_its_reasons():
         print(too_large.best)
 
 
+def test_a_checkpoint_of_72b_is_shared_out_over_eight_nodes():
+    """Of every GPU's host memory it takes at most 1.3 times the share of 12 bytes a trained parameter."""
+    planner = Planner.of(recipe("qwen2_5_vl_72b"), Cluster(8))
+    layout = Layout.of(planner.config)
+    parameters = layout.tensor * sum(stage.language for stage in planner.counts.stages(layout.tensor, layout.pipeline))
+    held = planner.plan(layout).memory.host["checkpoint"]
+    assert 12 * parameters / 64 < held < 1.3 * 12 * parameters / 64
+
+
 def test_more_work_and_fewer_gpus_never_take_less():
     config = recipe("qwen2_5_vl_7b")
     layout = Layout.of(config)

@@ -129,6 +129,8 @@ def check_run(config: RunConfig, platform: Platform, job: Job, read: list[inputs
             needs = host.Needs.of(config, parameters, job.world_size, job.local_ranks, platform.is_cuda)
     yield host.check_memory(needs)
     yield host.check_disk(Path(config.output_dir), needs)
+    if needs is not None:
+        yield host.check_checkpoint_time(config, needs, job.local_ranks)
     records: list[CaptionRecord] = []
     yield inputs.check_data(config, records, read)
     if config.model.path is not None and records:

@@ -100,7 +100,7 @@ def predict_memory(
             always = {"engine": awake}
             parts = {"rollout": base | state | always, "update": training | always, "refit": moving | state | always}
         moments += [Moment(name, stage, held) for name, held in parts.items()]
-        held = {"checkpoint": base["weights"] + state["optimizer"]}
+        held = {"checkpoint": checkpoint_bytes(parameters.total, trained, rows.data_size)}
         if config.algorithm.kl_weight > 0:
             held["reference"] = in_blocks(BF16 * trained)
         if turns:
@@ -114,6 +114,11 @@ def predict_memory(
         swapped=swapped,
         cache_tokens=room / cache_bytes_per_token(architecture, config.rollout.tensor_parallel),
     )
+
+
+def checkpoint_bytes(parameters: float, trained: float, data_size: int) -> float:
+    """What a data-parallel rank holds of a checkpoint on its way to the disk: its share of weights and optimizer."""
+    return (BF16 * parameters + OPTIMIZER_BYTES * trained) / data_size
 
 
 def _backward(

@@ -51,7 +51,7 @@ def _plant(plan: KillPlan) -> None:
     from balcap_mega.training.trainer import Trainer
 
     step, armed = -1, threading.Event()
-    enter_phase, run_step, write = PhaseTimer.__call__, Trainer.step, checkpoint_writer._write
+    enter_phase, run_step, write = PhaseTimer.__call__, Trainer.step, checkpoint_writer.write
 
     def begins(moment: str) -> None:
         if moment == plan.moment and step >= plan.step and not armed.is_set():
@@ -75,7 +75,7 @@ def _plant(plan: KillPlan) -> None:
         begins("checkpoint")
         return write(*arguments)
 
-    PhaseTimer.__call__, Trainer.step, checkpoint_writer._write = phase, numbered_step, noticed_write
+    PhaseTimer.__call__, Trainer.step, checkpoint_writer.write = phase, numbered_step, noticed_write
 
 
 if __name__ == "__main__":

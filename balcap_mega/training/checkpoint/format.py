@@ -29,6 +29,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint import CheckpointException
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.groups import process_grid
 from balcap_mega.parallel.platform import calls_megatron
+from balcap_mega.training.checkpoint.optimizer_state import OptimizerShare
 from balcap_mega.training.checkpoint.pickles import foreign_content
 from balcap_mega.training.checkpoint.random_state import load_random_state
 
@@ -43,13 +45,8 @@ logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
-# Optimizer state is gathered over data-parallel ranks, on the host, to the shapes of the parameters: the one format
-# that may be read at another tensor or pipeline size.
-CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
+# Optimizer state in the shapes of the parameters: what may be read at another tensor or pipeline size.
+CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -84,11 +81,11 @@ def load_checkpoint(path: Path, model: DistributedDataParallel, optimizer: Chain
     _verify(path)
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     _allocate_state(optimizer)
-    state = sharded_state(model, optimizer, is_loading=True)
+    state, share = sharded_state(model, optimizer, is_loading=True)
     with _naming(path):
         loaded = dist_checkpointing.load(state, str(path / "megatron"), strict=StrictHandling.RAISE_ALL)
         model.module.load_state_dict(loaded["model"])
-        _load_optimizer(optimizer, loaded["optimizer"])
+        _load_optimizer(optimizer, loaded["optimizer"], share)
         if manifest["layout"] == layout_sizes():
             load_random_state(path / "random" / f"rank_{torch.distributed.get_rank():05d}.safetensors")
     return manifest["extra"]
@@ -117,39 +114,45 @@ def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"checkpoint {path} is damaged: {what}", remedy="delete it to resume from an older one")
 
 
-def sharded_state(model: DistributedDataParallel, optimizer: ChainedOptimizer, *, is_loading: bool) -> dict:
-    """Weights and optimizer as Megatron saves and loads them. A collective."""
+def sharded_state(
+    model: DistributedDataParallel, optimizer: ChainedOptimizer, *, is_loading: bool
+) -> tuple[dict[str, Any], OptimizerShare | None]:
+    """Weights and optimizer as Megatron saves and loads them; the share of it, where the optimizer is distributed."""
     metadata = dict(CONTENT)  # Megatron adds this layout's groups to it
     weights = model.module.sharded_state_dict(metadata=metadata)
-    return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
-    }
+    [part] = optimizer.chained_optimizers
+    if isinstance(part, DistributedOptimizer):
+        share = OptimizerShare.of(part, weights)
+        return {"model": weights, "optimizer": part.state_dict(), "share": share.sharded}, share
+    whole = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return {"model": weights, "optimizer": whole}, None
 
 
 def _allocate_state(optimizer: ChainedOptimizer) -> None:
-    """Before its first step PyTorch's AdamW has no state to load into; Transformer Engine's gets it from Megatron."""
+    """Before its first step an optimizer has no state to load into."""
     [part] = optimizer.chained_optimizers
-    if isinstance(part.optimizer, torch.optim.AdamW) and not part.optimizer.state:
+    if part.optimizer.state:
+        return
+    if isinstance(part.optimizer, torch.optim.AdamW):
         part.init_state_fn(part.optimizer, part.config)
         for state in part.optimizer.state.values():
             state["step"] = torch.tensor(0.0)
+    elif isinstance(part, DistributedOptimizer):  # Transformer Engine's
+        part.load_state_dict(part.state_dict())
 
 
-def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, Any], share: OptimizerShare | None) -> None:
     """Megatron's `load_state_dict`, correct for PyTorch's AdamW too.
 
-    Megatron gives all its parameters one and the same `step` tensor, which each would then count up; and it looks for a
-    saved `step` of each when it copies their state, where there is none.
+    Megatron gives all its parameters one and the same `step` tensor, which each would then count up.
     """
     [part] = optimizer.chained_optimizers
-    parameter_state = state.pop("param_state", None)
     part.load_state_dict(state)
-    steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items() if "step" in values}
-    if parameter_state is not None:
-        part.load_parameter_state_from_fully_reshardable(parameter_state)
-    for parameter, step in steps.items():
-        part.optimizer.state[parameter]["step"] = step.clone()
+    for values in part.optimizer.state.values():
+        if "step" in values:
+            values["step"] = values["step"].clone()
+    if share is not None:
+        share.restore(part)
 
 
 def layout_sizes() -> dict[str, int]:

@@ -8,25 +8,23 @@ are those of `checkpoint`.
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from queue import Queue, SimpleQueue
+from queue import SimpleQueue
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from torch import Tensor
 
 from balcap_mega.errors import UserError
 from balcap_mega.parallel.agreement import all_ranks
@@ -42,6 +40,7 @@ from balcap_mega.training.checkpoint.format import (
     step_folders,
 )
 from balcap_mega.training.checkpoint.random_state import save_random_state
+from balcap_mega.training.checkpoint.snapshot import snapshot, write
 from balcap_mega.training.folder import sync_folder, write_json, write_text
 
 POLL_SECONDS = 0.02
@@ -82,9 +81,9 @@ class CheckpointWriter:
         """Take a snapshot of this very moment and return; its files are written from a thread.
 
         `extra` is anything JSON can hold, the same on all ranks; `files` are more files of the checkpoint by name, of
-        which the first rank's count. Host memory until it is published: the rank's weights,
-        and 12 bytes for each trained parameter of a tensor x pipeline shard on its first data-parallel rank. An earlier
-        checkpoint that is still on its way is waited for; one of this step is not written again.
+        which the first rank's count. Host memory until it is published: the weights of a tensor x pipeline shard, and
+        12 bytes for each trained parameter of it, shared out over its data-parallel ranks. An earlier checkpoint that
+        is still on its way is waited for; one of this step is not written again.
         """
         self.finish()
         if step <= self.last:
@@ -104,15 +103,20 @@ class CheckpointWriter:
                     own_files.append(partial / name)
                     own_files[-1].write_bytes(content)
             filesystem_async._results_queue = SimpleQueue()  # else Megatron starts a process to hold its results
+            state, _ = sharded_state(model, optimizer, is_loading=False)
             request = dist_checkpointing.save(
-                sharded_state(model, optimizer, is_loading=False),
+                state,
                 str(partial / "megatron"),
-                TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                # What data-parallel ranks have alike is shared out over them.
+                FullyParallelSaveStrategyWrapper(
+                    TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                    parallel_state.get_data_parallel_group(),
+                ),
                 async_sharded_save=True,
                 content_metadata=dict(CONTENT),
             )
-            buckets = _snapshot(request, _changing_memory(model, optimizer))
-        written = self._thread.submit(_write, request, buckets, own_files, partial)
+            buckets = snapshot(request, model, optimizer)
+        written = self._thread.submit(write, request, buckets, own_files, partial)
         self._pending = _Save(step, dict(extra), request, written)
 
     def poll(self) -> None:
@@ -199,58 +203,3 @@ def _first(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
-
-
-def _snapshot(request: AsyncRequest, changing: set[int]) -> list[WriteBucket]:
-    """This rank's part of the save with all tensors on the host, and none of them in memory that training changes."""
-    if request.async_fn is None:  # every tensor is another rank's to write
-        return []
-    _, buckets, _ = request.async_fn_args
-    return [
-        (
-            path,
-            name,
-            (
-                objects,
-                [
-                    (item, tensor.to("cpu", copy=tensor.untyped_storage().data_ptr() in changing))
-                    for item, tensor in tensors
-                ],
-            ),
-        )
-        for path, name, (objects, tensors) in buckets
-    ]
-
-
-def _changing_memory(model: DistributedDataParallel, optimizer: ChainedOptimizer) -> set[int]:
-    """Where weights and optimizer state live: what Megatron gathered or copied for the save lies elsewhere."""
-    policy = model.module
-    tensors = chain(policy.parameters(), policy.buffers(), _tensors(optimizer))
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-
-def _tensors(optimizer: ChainedOptimizer) -> Iterable[Tensor]:
-    for part in optimizer.chained_optimizers:
-        for group in part.optimizer.param_groups:
-            yield from group["params"]
-        for state in part.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-def _write(
-    request: AsyncRequest, buckets: Sequence[WriteBucket], own_files: Sequence[Path], partial: Path
-) -> dict[str, Any]:
-    """Write the buckets, hand Megatron the results it finalizes with, and return the digests of all of `own_files`."""
-    if request.async_fn is not None:
-        [transforms, *_], [*_, results] = request.async_fn.args, request.async_fn_args
-        written = {}
-        for number, bucket in enumerate(buckets):
-            outcome, count = SimpleQueue(), Queue()
-            count.put(number)
-            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, outcome, count, use_fsync=True)
-            _, written[number] = outcome.get()
-            if isinstance(written[number], Exception):
-                raise written[number]
-        results.put(written)
-    files = [*own_files, *(Path(path) for path, _, _ in buckets)]
-    return {str(file.relative_to(partial)): file_digest(file) for file in files}
