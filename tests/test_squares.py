@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
+from balcap_mega.models.huggingface.transfer import _copy_companions
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.squares import pad_to_square
 from balcap_mega.models.torchvision_operators import declare_torchvision_operators
@@ -43,6 +45,21 @@ def test_padding_is_transformers_own_for_llava(size):
     ours = np.asarray(pad_to_square(image, theirs)).astype(int)
     expected = np.asarray(theirs(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
     assert np.abs(ours - expected).max() <= 1  # of the ground's colour, which they do not round down
+
+
+def test_a_policy_of_padded_pictures_is_exported_with_a_processor_that_pads(tiny_checkpoint, tmp_path):
+    """Read by transformers alone, the exported folder yields the pixels that the policy was trained on."""
+    source, folder = tiny_checkpoint("llava"), tmp_path / "exported"
+    folder.mkdir()
+    _copy_companions(source, folder, torch.float32, pad_to_square=True)
+    record = objects_at_both_sides()
+    trained_on = PromptProcessor(source, pad_to_square=True)(record).vision.pixel_values
+    inputs = AutoProcessor.from_pretrained(folder)(images=record.image, text="<image>", return_tensors="pt")
+    assert inputs["pixel_values"].shape == trained_on.shape
+    assert (inputs["pixel_values"] - trained_on).abs().max() < 0.02  # 1/255 of the ground's colour, normalised
+    assert PromptProcessor(folder).seen_share((64, 48)) == 1
+    _copy_companions(source, folder, torch.float32)
+    assert PromptProcessor(folder).seen_share((64, 48)) == pytest.approx(0.75)
 
 
 def test_a_model_that_sees_whole_pictures_needs_none(tiny_checkpoint):

@@ -1,5 +1,7 @@
 """What a model that sees squares sees of other pictures: their centre, or all of them on a ground of mean colour."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -26,6 +28,16 @@ def pad_to_square(image: Image.Image, image_processor: Any) -> Image.Image:
     square = Image.new("RGB", (side, side), ground)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def let_processor_pad(folder: Path) -> None:
+    """Have the Hugging Face processor in `folder` lay pictures on a square itself, as `LlavaImageProcessor` can."""
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        section = config.get("image_processor", config)  # a file of its own until transformers 5
+        if "image_processor_type" in section:
+            section |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _sides(image_processor: Any) -> tuple[int | None, Any]:

@@ -255,4 +255,4 @@ def export(trainer: Trainer, start: Path, folder: RunFolder) -> None:
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder.policy, ignore_errors=True)  # of a run that was shorter then
     torch.distributed.barrier()
-    export_checkpoint(trainer.learner.policy, start, folder.policy)
+    export_checkpoint(trainer.learner.policy, start, folder.policy, pad_to_square=trainer.config.data.pad_to_square)

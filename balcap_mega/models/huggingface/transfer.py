@@ -27,6 +27,7 @@ from balcap_mega.models.huggingface.mapping import megatron_blocks
 from balcap_mega.models.huggingface.table import Block
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.policy import VisionLanguagePolicy
+from balcap_mega.models.squares import let_processor_pad
 from balcap_mega.parallel.groups import process_grid
 from balcap_mega.parallel.progress import progress
 
@@ -67,9 +68,16 @@ class ShardFile:
 
 
 def export_checkpoint(
-    policy: VisionLanguagePolicy, source: str | Path, folder: str | Path, *, shard_bytes: int = SHARD_BYTES
+    policy: VisionLanguagePolicy,
+    source: str | Path,
+    folder: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    pad_to_square: bool = False,
 ) -> None:
     """Write `policy` to the new folder `folder`; config, tokenizer and processor files are copied from `source`.
+
+    pad_to_square: the policy was trained on padded pictures, and the processor shall pad them for whoever loads it
 
     A collective of all ranks; the first data-parallel replica writes. The folder appears under its name only when it is
     whole. Raises UserError on every rank where `folder` exists already.
@@ -107,7 +115,7 @@ def export_checkpoint(
         weight_map = {name: shard.name for shard in shards for name in shard.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _copy_companions(source, partial, dtype)
+        _copy_companions(source, partial, dtype, pad_to_square=pad_to_square)
         partial.rename(folder)
     torch.distributed.barrier()
 
@@ -193,8 +201,8 @@ def _assemble(
     return tensor.view(shape) if is_writer else None
 
 
-def _copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Everything beside the weights; config.json says which dtype they have now."""
+def _copy_companions(source: Path, folder: Path, dtype: torch.dtype, *, pad_to_square: bool = False) -> None:
+    """Everything beside the weights; config.json says which dtype they have now, the processor whether it pads."""
     for file in sorted(source.iterdir()):
         if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name != INDEX_FILE:
             shutil.copyfile(file, folder / file.name)
@@ -205,6 +213,8 @@ def _copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
             if key in section:
                 section[key] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if pad_to_square:
+        let_processor_pad(folder)
 
 
 def _blocks(
