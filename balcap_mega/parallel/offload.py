@@ -88,8 +88,9 @@ class OptimizerOffload:
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of uint8 views of equal length: (in host memory, on the device)."""
-        nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
-        return self._host.beside(nothing.new_empty(0).set_(storage) for storage, _ in self._away)
+        return self._host.beside(
+            torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage) for storage, _ in self._away
+        )
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

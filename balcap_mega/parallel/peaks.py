@@ -21,15 +21,16 @@ class Peak:
 
 
 H100 = Peak(989.4e12, 1978.9e12)
-PEAKS = {
+PEAKS: dict[str, Peak | None] = {
     "H100 PCIe": Peak(756e12, 1513e12),
-    "H100 NVL": Peak(835e12, 1671e12),
-    "H200 NVL": Peak(835e12, 1671e12),
+    "H100 NVL": Peak(835e12, 1671e12),  # FP8: twice bfloat16, as of all Hoppers
+    "H200 NVL": None,  # slower than H200; its data sheet was not at hand
     "H100": H100,
     "H200": H100,
     "A100": Peak(312e12, None),
 }
-"""By a part of the device's name. The first key that the name contains counts."""
+"""By a part of the device's name. The first key that the name contains counts. PCIe and NVL are as in the tables of
+Lightning and torchtitan, which cite NVIDIA."""
 
 
 def peak_of(name: str) -> Peak | None:

@@ -1,12 +1,14 @@
 """`profile.steps`: what a rank does in a few steps, for chrome://tracing, Perfetto and pytorch.org/memory_viz."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from balcap_mega.parallel.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +36,25 @@ def profiled(folder: Path, step: int, rank: int, device: torch.device) -> Iterat
     try:
         yield
     finally:
-        with _logged("writing"):
-            profiler.stop()
-            profiler.export_chrome_trace(f"{name}.json.gz")
-        if cuda:
-            with _logged("writing the memory snapshot of"):
-                torch.cuda.memory._dump_snapshot(f"{name}.pickle")
-            with _logged("ending"):
-                torch.cuda.memory._record_memory_history(enabled=None)
+        with progress.phase("profile", step - 1):  # a large trace takes a while, which others wait for in the next step
+            with _logged("writing"):
+                profiler.stop()
+                _write(name, ".json.gz", profiler.export_chrome_trace)
+            if cuda:
+                with _logged("writing the memory snapshot of"):
+                    _write(name, ".pickle", torch.cuda.memory._dump_snapshot)
+                with _logged("ending"):
+                    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _write(name: Path, suffix: str, write: Callable[[str], object]) -> None:
+    """`write` into a file that has its name once it is whole."""
+    partial = name.with_name(f"{name.name}.partial{suffix}")  # by whose end PyTorch knows whether to compress
+    try:
+        write(str(partial))
+        partial.replace(name.with_name(name.name + suffix))
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
