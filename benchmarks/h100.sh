@@ -88,17 +88,23 @@ part colocation 300 "pytest vllm" "${tests[@]}" tests/test_colocation.py
 gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
 [ "$gpus" -lt 2 ] || part several_gpus 900 "pytest vllm" "${tests[@]}" tests/test_several_gpus.py
 part tests_fp8 240 "pytest transformer_engine" "${tests[@]}" tests/test_fp8.py -k near
+part tests_precision 240 "pytest transformer_engine" "${tests[@]}" tests/test_precision.py
 part throughput_7b 360 vllm "${step[@]}" --model Qwen2.5-VL-7B --layers 8
 part lm_head 400 "" "${kernels[@]}" --ops lm_head --only bound balcap eager
 part reward_to_loss 120 "" "${kernels[@]}" --ops reward_to_loss
 part attention 180 "" "$python" benchmarks/attention.py --json "$results/attention_h100.json"
 part refit 360 vllm "$python" benchmarks/refit.py --model 7b --gib 6 --json "$results/refit_h100.json"
 part throughput_7b_fp8 360 "vllm transformer_engine" "${step[@]}" --model Qwen2.5-VL-7B --layers 8 --fp8 hybrid --rollout-fp8
+fused=(model.apply_rope_fusion=true model.gradient_accumulation_fusion=true parallel.overlap_grad_reduce=true)
+precise=(optimizer.precision_aware=true optimizer.exp_avg_dtype=bfloat16 optimizer.exp_avg_sq_dtype=bfloat16)
+narrow=(--set "${fused[@]}" "${precise[@]}" optimizer.main_grads_dtype=bfloat16)
+part throughput_7b_fused 360 "vllm transformer_engine" "${step[@]}" --model Qwen2.5-VL-7B --layers 8 --set "${fused[@]}"
+part throughput_7b_narrow 360 "vllm transformer_engine" "${step[@]}" --model Qwen2.5-VL-7B --layers 8 "${narrow[@]}"
 part throughput_llava 360 vllm "${step[@]}" --model LLaVA-1.5-7B --layers 10
 part checkpoint_io 200 "" "$python" benchmarks/checkpoint_io.py --model 7b --gib 4
 part logprobs 240 "" "${kernels[@]}" --ops logprobs --only bound balcap eager
 part learning_fp8 540 "pytest vllm transformer_engine" "${tests[@]}" tests/test_fp8.py -k learns
-mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py | grep -vE 'test_(kernels|attention|colocation|fp8|several_gpus)\.py')
+mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py | grep -vE 'test_(kernels|attention|colocation|fp8|precision|several_gpus)\.py')
 [ ${#others[@]} -eq 0 ] || part tests_others 540 pytest "${tests[@]}" "${others[@]}"
 part kernels_others 540 "" "${kernels[@]}"
 

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py --model Qwen2.5-VL-3B [--json FILE]
     python benchmarks/throughput.py --model Qwen2.5-VL-7B --layers 8 --fp8 hybrid --rollout-fp8
+    python benchmarks/throughput.py --model Qwen2.5-VL-7B --layers 8 --set model.apply_rope_fusion=true
     torchrun --nproc-per-node 8 benchmarks/throughput.py --model Qwen2.5-VL-7B --tensor 4 --sequence
 
 The step is `Trainer.step`: vLLM samples, Megatron updates, the refit moves the weights, and engine and learner take
@@ -23,7 +24,7 @@ elsewhere, while captions are still generated).
     seconds, refit_seconds     medians over the steps, by phase of the step and of the refit within it
     memory_gib                 by phase: {phase}_used, of the device when the phase ends; {phase}_allocated and
                                {phase}_reserved, PyTorch's peaks, which go on counting a sleeping engine; and what the
-                               learner holds: weights, gradients, optimizer (float32 weights and moments)
+                               learner holds: weights, gradients, optimizer (master weights and moments)
 """
 
 import argparse
@@ -45,11 +46,13 @@ import torch
 from random_model import MODELS, randomise, write_random_model
 
 from balcap_mega.cli import quiet_libraries
+from balcap_mega.config.load import dump_config, load_config
 from balcap_mega.config.schema import ParallelConfig, RunConfig
 from balcap_mega.data.scenes.dataset import ScenesDataset
 from balcap_mega.models.flops import generation_flops, group_work, update_flops, vision_forward
 from balcap_mega.parallel.groups import initialize_parallel, process_grid
 from balcap_mega.parallel.platform import Platform
+from balcap_mega.planning.measured import MODEL_KEYS
 from balcap_mega.rewards.components import Rewards
 from balcap_mega.rewards.judge import Assertion, Judgement, Verdict
 from balcap_mega.rollout.refit import build_refit
@@ -88,7 +91,7 @@ class InstantJudge:
 def run_config(folder: Path, arguments: argparse.Namespace) -> RunConfig:
     on_cpu = not torch.cuda.is_available()
     longest = arguments.max_model_len
-    return RunConfig(
+    config = RunConfig(
         output_dir=str(folder / "run"),
         model={
             "path": str(folder), "dtype": "float32" if on_cpu else "bfloat16", "fp8": arguments.fp8,
@@ -106,6 +109,9 @@ def run_config(folder: Path, arguments: argparse.Namespace) -> RunConfig:
         },
         packing={"row_tokens": max(arguments.row_tokens, longest)},
     )  # fmt: skip
+    file = folder / f"run_{torch.distributed.get_rank()}.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    return load_config(file, arguments.set)
 
 
 def prepare(folder: Path, config: RunConfig, arguments: argparse.Namespace, platform: Platform) -> Trainer:
@@ -167,7 +173,7 @@ def parts_gib(trainer: Trainer) -> dict[str, float | None]:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return {
         "weights": sum(parameter.nbytes for parameter in parameters) / 2**30,
-        "gradients": sum(4 * parameter.numel() for parameter in trained) / 2**30,
+        "gradients": sum(parameter.main_grad.nbytes for parameter in trained) / 2**30,
         "optimizer": trainer.learner.optimizer_offload.host_bytes / 2**30 or None,
     }
 
@@ -194,8 +200,9 @@ def measure(arguments: argparse.Namespace, folder: Path, platform: Platform) -> 
         "world_size": world,
         "layout": config.parallel.model_dump()
         | {"engine_tensor": config.rollout.tensor_parallel, "memory_fraction": config.rollout.memory_fraction},
-        "precision": config.model.model_dump(include={"dtype", "fp8", "fp8_recipe", "recompute"})
+        "precision": config.model.model_dump(include=set(MODEL_KEYS))
         | {"rollout_fp8": config.rollout.fp8, "transformer_engine": trainer.learner.policy.transformer_engine},
+        "optimizer": config.optimizer.model_dump(mode="json"),
         "sizes": size | {"row_tokens": config.packing.row_tokens},
         "steps": arguments.steps,
         "tokens_per_second_per_gpu": median_of(rows, f"{TOKENS}/"),
@@ -262,6 +269,9 @@ def main() -> None:
     parser.add_argument("--offload", action="store_true", help="take turns on a CPU too")
     parser.add_argument("--warmup", type=int, default=1, help="steps before those that count")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="more keys of the run's configuration"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path, help="measure nothing, print this file of rows")
     arguments = parser.parse_args()

@@ -252,4 +252,9 @@ def test_odd_shapes_on_four_ranks(job):
         layout(4, 1, sequence=True),
         layout(4, 1, distributed_optimizer=True),
     )
-    check(4, *(job(family, *layouts, freeze_vision=True, **ODD_SHAPES) for family in FAMILIES))
+    overlapped = ParallelConfig(pipeline=2, overlap_grad_reduce=True, bucket_size=5000)
+    check(
+        4,
+        *(job(family, *layouts, freeze_vision=True, **ODD_SHAPES) for family in FAMILIES),
+        job("qwen2_5_vl", overlapped, freeze_vision=True, **ODD_SHAPES),
+    )

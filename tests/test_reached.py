@@ -18,6 +18,10 @@ SCHEMA = REPOSITORY / "balcap_mega" / "config" / "schema"
 EXCEPTIONS = {
     ("balcap_mega/data/headers.py", "START_OF_SCAN"): "tests that damage pictures",
     ("balcap_mega/parallel/cpu_redirects.py", "wait_event record_event"): "Megatron, of a CUDA stream",
+    (
+        "balcap_mega/parallel/master_weights.py",
+        "_get_main_param_and_optimizer_states _set_main_param_and_optimizer_states",
+    ): "Megatron, of a DistributedOptimizer whose state it saves or loads",
     ("balcap_mega/parallel/groups.py", "destroy_parallel"): "tests that set up one layout after another in a process",
     (
         "balcap_mega/rewards/scenes/discourse.py",

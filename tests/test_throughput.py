@@ -23,11 +23,13 @@ SMALL = [
 def test_throughput_row(tmp_path):
     file = tmp_path / "rows.json"
     command = [sys.executable, "benchmarks/throughput.py", "--model", "tiny", "--layers", "2", "--offload", *SMALL]
+    command += ["--set", "parallel.overlap_grad_reduce=true"]
     done = subprocess.run(
         [*command, "--row-tokens", "512", "--steps", "1", "--json", str(file)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     [row] = json.loads(file.read_text())
+    assert row["layout"]["overlap_grad_reduce"]
     size, seconds = row["sizes"], row["seconds"]  # a caption's last token is predicted, but predicts nothing
     assert (size["image_tokens"], size["packed_tokens"]) == (16, 2 * (size["prompt_tokens"] + 2 * 7))
     assert {"rollout", "swap", "rewards", "update", "refit", "step"} <= seconds.keys()

@@ -5,6 +5,7 @@ All of them read only, so every rank runs them, before any process group, model 
 
 import os
 from collections.abc import Collection, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from balcap_mega.errors import UserError
 
 RESOLVED_CONFIG = "config.yaml"  # `dump_config` of the run an output folder holds
 LOCK_FILE = "lock"  # a run's first file, with the config's `.partial`: all that one killed at its start leaves behind
+NEEDS_GPU = {  # keys, and the value of each that a CPU can do
+    "model.fp8": "none",
+    "rollout.fp8": False,
+    "model.apply_rope_fusion": False,
+    "model.gradient_accumulation_fusion": False,
+    "optimizer.precision_aware": False,
+    "optimizer.exp_avg_dtype": "float32",
+    "optimizer.exp_avg_sq_dtype": "float32",
+}
 PROCESSOR_FILES = (  # in each row, one of them
     ("tokenizer_config.json",),
     ("preprocessor_config.json", "processor_config.json"),  # transformers before and since version 5
@@ -119,10 +129,17 @@ def check_device(config: RunConfig) -> None:
             f"{local} processes were started on this node, which has {count} CUDA devices",
             remedy=f"start it with torchrun --nproc-per-node {count}",
         )
-    on_cpu = device == "cpu" or not count
-    if on_cpu and (config.model.fp8 != "none" or config.rollout.fp8):
-        key = f"model.fp8={config.model.fp8}" if config.model.fp8 != "none" else "rollout.fp8=true"
-        raise UserError(f"{key} needs a GPU and this run is on the CPU", remedy="set model.fp8=none rollout.fp8=false")
+    asked = {key: value for key, plain in NEEDS_GPU.items() if (value := attrgetter(key)(config)) != plain}
+    if asked and (device == "cpu" or not count):
+        key, value = next(iter(asked.items()))
+        raise UserError(
+            f"{key}={_yaml(value)} needs a GPU and this run is on the CPU",
+            remedy=f"set {' '.join(f'{key}={_yaml(NEEDS_GPU[key])}' for key in asked)}",
+        )
+
+
+def _yaml(value: str | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def check_data(data: DataConfig) -> None:

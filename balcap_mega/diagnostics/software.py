@@ -4,6 +4,7 @@ import importlib
 
 from balcap_mega.config.schema import RunConfig
 from balcap_mega.diagnostics.finding import Finding, check, fail, ok, warn
+from balcap_mega.models.fusions import check_fusions
 from balcap_mega.models.layer_specs import transformer_engine_version
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rollout.vllm_runtime.process import import_vllm
@@ -30,6 +31,8 @@ def check_transformer_engine(config: RunConfig | None, platform: Platform) -> Fi
     """Where it is installed, the decoder of a bfloat16 policy on GPUs is built of it; on a CPU it is not used."""
     if not platform.is_cuda:
         return ok("not used on a CPU")
+    if config is not None:
+        check_fusions(config.model, config.optimizer)
     if transformer_engine_version() is None:
         fp8 = config is not None and config.model.fp8 != "none"
         return (fail if fp8 else warn)("not installed: no FP8, and layers are Megatron's own", INSTALL)

@@ -245,12 +245,12 @@ class Architecture:
             # Weights always come from a checkpoint; Megatron's initialisation still has to mark which ones TP cuts.
             init_method=_leave_as_allocated,
             output_layer_init_method=_leave_as_allocated,
-            gradient_accumulation_fusion=False,
+            gradient_accumulation_fusion=False,  # by APEX; Transformer Engine's is `fuse_gradient_accumulation`
             bias_activation_fusion=platform.is_cuda,
             bias_dropout_fusion=platform.is_cuda,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
-            apply_rope_fusion=False,
+            apply_rope_fusion=model.apply_rope_fusion,
             calculate_per_token_loss=True,
             finalize_model_grads_func=finalize_gradients,
             **options,

@@ -41,6 +41,7 @@ from torch import Tensor
 from balcap_mega.config.schema import ModelConfig, ParallelConfig
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.fp8 import check_fp8, check_fp8_machine, fp8_options
+from balcap_mega.models.fusions import fuse_gradient_accumulation
 from balcap_mega.models.layer_specs import block_spec, transformer_engine_version
 from balcap_mega.models.rotary import MultimodalRotary
 from balcap_mega.models.vision import VisionInputs, VisionTower, encode_images
@@ -246,4 +247,6 @@ def build_policy(
             transformer_engine=transformer_engine,
             attention=model.attention,
         )
+    if model.gradient_accumulation_fusion:
+        fuse_gradient_accumulation(policy.language_model.decoder)
     return policy.to(platform.device)

@@ -14,6 +14,7 @@ class Activations:
 
     transformer_engine: with its fused norms and SwiGLU, as on a GPU. PyTorch's compute norms in float32 and keep every
                         intermediate of SwiGLU.
+    fused_rope:         its kernel, which keeps nothing but the angles that all layers share
     """
 
     architecture: Architecture
@@ -21,6 +22,7 @@ class Activations:
     sequence: bool
     recompute: str = "none"
     transformer_engine: bool = True
+    fused_rope: bool = False
 
     def layer(self, tokens: float) -> dict[str, float]:
         """Kept for one decoder layer from its forward to its backward pass."""
@@ -50,7 +52,8 @@ class Activations:
             "projection": BF16 * tokens * (queries + 2 * keys) / projection_ranks,  # a view of it is the values
             "queries and keys": BF16 * tokens * (queries / tensor + key_width),
             "query and key norms": head_norms if a.decoder.qk_norm else 0.0,
-            "rotary": 4 * BF16 * tokens * a.head_dim,  # cosine and sine, for queries and for keys
+            # Cosine and sine, for queries and for keys.
+            "rotary": 0.0 if self.fused_rope else 4 * BF16 * tokens * a.head_dim,
             "attention output": BF16 * tokens * queries / tensor,
             "statistics": FP32 * tokens * a.num_attention_heads / tensor,
             "gate and up": BF16 * tokens * 2 * gated,

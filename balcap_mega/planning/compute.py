@@ -15,6 +15,10 @@ from balcap_mega.planning.workload import Work
 ELEMENTWISE_BACKWARD = 2
 """The backward pass reads what the forward pass read, and the gradient beside it."""
 
+ROPE_PASSES = 12
+"""Times that Megatron's unfused rotary embedding reads or writes queries and keys: two products, a negated half and its
+concatenation, a sum, and a last concatenation with nothing."""
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -31,6 +35,7 @@ class Compute:
     fp8: bool = False
     image_tokens: int = 0
     hides_tensor: bool = False
+    fused_rope: bool = True
     logit_bytes: int = 4 * BF16
 
     def layer_forward(self, work: Work) -> float:
@@ -82,7 +87,8 @@ class Compute:
         """Bytes of a layer's forward pass: two norms and two residual additions (10·h), rotary embeddings, SwiGLU."""
         a = self.architecture
         stream = 10 * a.hidden_size / (self.tensor if self.sequence else 1)
-        heads = 2 * (a.num_attention_heads + a.num_kv_heads) * a.head_dim / self.tensor
+        heads = (a.num_attention_heads + a.num_kv_heads) * a.head_dim / self.tensor
+        heads *= 2 if self.fused_rope else ROPE_PASSES
         return self.moved(BF16 * work.tokens * (stream + heads + 3 * a.ffn_hidden_size / self.tensor))
 
     def _exposed(self, work: Work, units: int) -> float:

@@ -24,6 +24,12 @@ ASSUMPTIONS = (
 )
 """The assumptions of an extrapolation to a cluster, for the reader."""
 
+MODEL_KEYS = (
+    "dtype", "fp8", "fp8_recipe", "recompute", "apply_rope_fusion", "gradient_accumulation_fusion"
+)  # fmt: skip
+"""Of `model`, that a row states; one of before a key was there has its default."""
+PARALLEL_KEYS = ("tensor", "pipeline", "sequence", "distributed_optimizer", "overlap_grad_reduce", "bucket_size")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -97,8 +103,9 @@ def _predict(row: Mapping[str, Any]) -> Plan:
     caption, prompt = sizes["caption_tokens"], sizes["prompt_tokens"]
     config = RunConfig(
         output_dir="unused",
-        model={"path": row["model"], **{key: precision[key] for key in ("dtype", "fp8", "fp8_recipe", "recompute")}},
-        parallel={key: layout[key] for key in ("tensor", "pipeline", "sequence", "distributed_optimizer")},
+        model={"path": row["model"], **{key: precision[key] for key in MODEL_KEYS if key in precision}},
+        parallel={key: layout[key] for key in PARALLEL_KEYS if key in layout},
+        optimizer=row.get("optimizer", {}),
         data={"train_size": sizes["prompts"]},
         rollout={
             "prompts_per_step": sizes["prompts"],

@@ -15,12 +15,13 @@ from balcap_mega.parallel.host_memory import BLOCK_BYTES
 from balcap_mega.planning.activations import Activations
 from balcap_mega.planning.generation import cache_bytes_per_token
 from balcap_mega.planning.hardware import BF16, FP32, GIB, Gpu
+from balcap_mega.planning.optimizer import OptimizerBytes
 from balcap_mega.planning.parameters import ParameterCounts
 from balcap_mega.planning.workload import Rows, Workload
 from balcap_mega.rollout.refit.refit import BUCKET_BYTES
 
-OPTIMIZER_BYTES = 3 * FP32
-"""Bytes for each trained parameter: its float32 weight and AdamW's two float32 moments."""
+CHECKPOINT_BYTES = 3 * FP32
+"""Bytes for each trained parameter: its float32 weight and two moments, in float32 whatever the optimizer keeps."""
 
 CONTEXT = 2.0 * GIB
 """CUDA context, loaded kernels, NCCL's buffers and cuBLAS' workspaces, of learner and engine together. Assumed."""
@@ -82,12 +83,13 @@ def predict_memory(
     turns = parallel.offload != "never"
     sizes = counts.engine_parameters(config.rollout.tensor_parallel)
     asleep = pinned_bytes([engine_weights * size / sum(sizes) for size in sizes])
+    a_parameter = OptimizerBytes.of(config.optimizer)
     moments, hosts, swapped = [], [], 0.0
     for stage, parameters in enumerate(counts.stages(parallel.tensor, parallel.pipeline)):
         base = {"weights": BF16 * parameters.total, "context": CONTEXT}
         trained = parameters.language + (0 if config.model.freeze_vision else parameters.vision)
         shards = rows.data_size if parallel.distributed_optimizer else 1
-        state = {"gradients": FP32 * trained, "optimizer": OPTIMIZER_BYTES * trained / shards}
+        state = {"gradients": a_parameter.gradient * trained, "optimizer": a_parameter.kept * trained / shards}
         training = base | state | _backward(config, architecture, workload, rows, stage, parameters.layers)
         moving = base | {"buckets": 2 * BUCKET_BYTES}
         if turns:
@@ -100,6 +102,9 @@ def predict_memory(
             always = {"engine": awake}
             parts = {"rollout": base | state | always, "update": training | always, "refit": moving | state | always}
         moments += [Moment(name, stage, held) for name, held in parts.items()]
+        if a_parameter.scratch:  # by then what the backward pass needed is free
+            stepping = base | state | {"scratch": a_parameter.scratch * trained / shards}
+            moments.append(Moment("update", stage, stepping | ({"asleep": ASLEEP} if turns else {"engine": awake})))
         held = {"checkpoint": checkpoint_bytes(parameters.total, trained, rows.data_size)}
         if config.algorithm.kl_weight > 0:
             held["reference"] = in_blocks(BF16 * trained)
@@ -118,7 +123,7 @@ def predict_memory(
 
 def checkpoint_bytes(parameters: float, trained: float, data_size: int) -> float:
     """What a data-parallel rank holds of a checkpoint on its way to the disk: its share of weights and optimizer."""
-    return (BF16 * parameters + OPTIMIZER_BYTES * trained) / data_size
+    return (BF16 * parameters + CHECKPOINT_BYTES * trained) / data_size
 
 
 def _backward(
@@ -127,7 +132,13 @@ def _backward(
     """Bytes of activations under 1F1B, beyond a stage's `weights`, gradients and optimizer. The earlier a stage, the
     more rows have had their forward pass there, but not their backward pass."""
     parallel = config.parallel
-    activations = Activations(architecture, parallel.tensor, parallel.sequence, config.model.recompute)
+    activations = Activations(
+        architecture,
+        parallel.tensor,
+        parallel.sequence,
+        config.model.recompute,
+        fused_rope=config.model.apply_rope_fusion,
+    )
     layers = architecture.layers_per_stage(parallel.pipeline)[stage]
     in_flight = min(parallel.pipeline - stage, rows.count)
     parts = {
@@ -142,6 +153,8 @@ def _backward(
         parts["image embeddings"] = BF16 * images * workload.image_tokens * width
     if stage == parallel.pipeline - 1:
         parts["head"] = activations.head(rows.largest, CHUNK_BYTES["cuda"])
+        if config.optimizer.main_grads_dtype != "float32":  # the weight's gradient of a row, before it is rounded
+            parts["head"] += FP32 * architecture.hidden_size * architecture.vocab_size / parallel.tensor
     return parts | {"fragmentation": FRAGMENTATION * sum(parts.values())}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from balcap_mega.config.preflight import check_batch, check_shape
-from balcap_mega.config.schema import RunConfig
+from balcap_mega.config.schema import ParallelConfig, RunConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.flops import update_flops, vision_forward
@@ -19,6 +19,7 @@ from balcap_mega.planning.generation import Generation
 from balcap_mega.planning.hardware import GIB, Cluster
 from balcap_mega.planning.layout import Layout
 from balcap_mega.planning.memory import Memory, Moment, engine_weight_bytes, predict_memory
+from balcap_mega.planning.optimizer import OptimizerBytes
 from balcap_mega.planning.parameters import ParameterCounts
 from balcap_mega.planning.update import Passes
 from balcap_mega.planning.workload import SCORED_AHEAD, Rows, Workload, pack_for
@@ -155,6 +156,7 @@ class Planner:
             config.model.recompute,
             fp8=config.model.fp8 != "none",
             image_tokens=self.workload.image_tokens,
+            fused_rope=config.model.apply_rope_fusion,
         )
         stages = self.counts.stages(parallel.tensor, parallel.pipeline)
         passes = Passes(
@@ -164,12 +166,21 @@ class Planner:
             parameters=max(stage.language for stage in stages),
             speed=self.cluster.efficiency.rows,
             distributed_optimizer=parallel.distributed_optimizer,
+            optimizer=OptimizerBytes.of(config.optimizer),
+            fused_gradients=config.model.gradient_accumulation_fusion,
+            bucket=self._bucket(parallel, rows.data_size),
         )
         updates = self.workload.updates
         parts = {name: updates * seconds for name, seconds in passes.update(rows).items()}
         vision = updates * compute.vision(rows.total.images) / self.cluster.efficiency.rows
         logprobs = updates * self.workload.forward_passes * passes.forward(rows)
         return {"vision": vision, "logprobs": logprobs, **parts}
+
+    def _bucket(self, parallel: ParallelConfig, data_size: int) -> int | None:
+        """Parameters of a bucket, as Megatron has them by default or as configured; None without overlap."""
+        if not parallel.overlap_grad_reduce:
+            return None
+        return parallel.bucket_size or max(40_000_000, 1_000_000 * data_size)
 
     def _seconds(self, config: RunConfig, memory: Memory, rows: Rows, update: float) -> dict[str, float]:
         cluster, engine_tensor = self.cluster, config.rollout.tensor_parallel

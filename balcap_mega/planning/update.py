@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from balcap_mega.config.schema import OptimizerConfig
 from balcap_mega.planning.compute import Compute
-from balcap_mega.planning.hardware import BF16, FP32
+from balcap_mega.planning.hardware import BF16
+from balcap_mega.planning.optimizer import OptimizerBytes
 from balcap_mega.planning.workload import Rows, Work
 
-OPTIMIZER_TRAFFIC = 2 * 3 * FP32 + FP32 + BF16
-"""Bytes moved for each parameter: master weight and two moments read and written, gradient read, weight written."""
+FLOAT32 = OptimizerBytes.of(OptimizerConfig())
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,10 @@ class Passes:
     layers:           of each pipeline stage
     data_size:        data-parallel ranks
     parameters:       trained, on the largest stage's rank
-    gradient_bytes:   of one parameter's gradient as it is reduced over data-parallel ranks
+    optimizer:        bytes of one parameter's gradient and state
     fused_gradients:  weight gradients are added to the main gradients by their GEMMs
     hides_data:       reductions over data-parallel ranks run behind the backward pass, gathers behind the forward pass
+    bucket:           parameters that are reduced at once, behind the backward pass of the last row; None: all
     chunks:           model chunks a stage holds, interleaved; 1 is plain 1F1B
     speed:            of a tuned pretraining step's, `Efficiency.rows` where rows are of changing length
     """
@@ -29,9 +31,10 @@ class Passes:
     layers: tuple[int, ...]
     data_size: int
     parameters: float
-    gradient_bytes: int = FP32
+    optimizer: OptimizerBytes = FLOAT32
     fused_gradients: bool = False
     hides_data: bool = False
+    bucket: int | None = None
     chunks: int = 1
     speed: float = 1.0
     distributed_optimizer: bool = True
@@ -45,12 +48,21 @@ class Passes:
             seconds += compute.embedding(work) * (index == 0)
             return seconds + compute.head(work, 3) * (index == len(self.layers) - 1)
 
-        accumulated = rows.count * self.parameters * (2 * FP32 if self.fused_gradients else 2 * FP32 + 2 * BF16)
-        train = self._pipelined(rows, stage, hops=2) + compute.moved(accumulated)
-        reduced = self._ring(self.gradient_bytes) + self._ring(BF16)
+        added = 2 * self.optimizer.gradient + (0 if self.fused_gradients else 2 * BF16)
+        train = self._pipelined(rows, stage, hops=2) + compute.moved(rows.count * self.parameters * added)
         shards = self.data_size if self.distributed_optimizer else 1
-        optimizer = compute.moved(self.parameters / shards * OPTIMIZER_TRAFFIC + self.parameters * 2 * FP32)
-        return {"train": train, "optimizer": optimizer + (0.0 if self.hides_data else reduced)}
+        traffic = self.optimizer.traffic / shards + 2 * self.optimizer.gradient
+        optimizer = compute.moved(self.parameters * traffic)
+        return {"train": train, "optimizer": optimizer + (0.0 if self.hides_data else self._exposed(rows))}
+
+    def _exposed(self, rows: Rows) -> float:
+        """Gradients reduced and weights gathered, as far as nothing hides it: at least the last bucket's reduction."""
+        reduced, gathered = self._ring(self.optimizer.gradient), self._ring(BF16)
+        if self.bucket is not None:
+            last_row = rows.total * (1 / rows.count)
+            backward = max(self.layers) * self.compute.layer_backward(last_row) / self.speed
+            reduced = max(reduced - backward, reduced * min(self.bucket / self.parameters, 1.0))
+        return reduced + gathered
 
     def forward(self, rows: Rows) -> float:
         """One pass for logprobs."""

@@ -54,7 +54,9 @@ def warmed_up_checkpoint(
         return initial
     if not from_first_rank(folder.warmed_up.exists()):
         model = config.model.model_copy(update={"freeze_vision": False})
-        learner = Learner(initial, model, config.parallel, config.optimizer, config.algorithm, platform)
+        # A trained tower leaves buckets unfilled where a rank has no image.
+        parallel = config.parallel.model_copy(update={"overlap_grad_reduce": False, "bucket_size": None})
+        learner = Learner(initial, model, parallel, config.optimizer, config.algorithm, platform)
         processor = PromptProcessor(initial, pad_to_square=config.data.pad_to_square)
         batches = batch_builder(processor, config, grid, learner.architecture)
         target = partial(warm_up_target, habits=config.warmup.habits)

@@ -15,6 +15,7 @@ from balcap_mega.algorithm.metrics import PolicyMetrics
 from balcap_mega.algorithm.policy_loss import PolicyLoss, policy_loss
 from balcap_mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from balcap_mega.models.architecture import Architecture
+from balcap_mega.models.fusions import check_fusions
 from balcap_mega.models.huggingface.files import check_checkpoint
 from balcap_mega.models.huggingface.transfer import import_checkpoint
 from balcap_mega.models.policy import build_policy
@@ -84,9 +85,10 @@ class Learner:
         self.temperature = temperature
         self.max_response_length = max_response_length
         check_checkpoint(folder, self.architecture)  # before anything is allocated
+        check_fusions(model, optimizer)
         self.policy = build_policy(self.architecture, model, parallel, platform)
         import_checkpoint(folder, self.policy)
-        self.model = wrap_ddp(self.policy, parallel)
+        self.model = wrap_ddp(self.policy, parallel, optimizer.main_grads_dtype)
         self.optimizer = build_optimizer(self.model, optimizer, parallel)
         self.optimizer_offload = OptimizerOffload(self.model, self.optimizer, platform.device)
         self.shares_device = shares_device(parallel, platform)

@@ -1,10 +1,13 @@
 """What the learner does in a step: warm-up, microbatches, optimizer, checkpoints."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from balcap_mega.config.schema.base import Fraction, NonNegative, Positive, Section
+
+BFLOAT16_STALLS = 2.0**-8
+"""Under a relative change no larger than this a bfloat16 may stay what it is: half its widest step."""
 
 
 class HabitsConfig(Section):
@@ -64,10 +67,33 @@ class OptimizerConfig(Section):
     """AdamW's ε."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients with a larger global norm are scaled down to it."""
+    main_grads_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients are added up over microbatches, and over data-parallel ranks."""
+    precision_aware: bool = False
+    """Keep of each float32 master weight only what its bfloat16 weight lacks, 16 bits: the same weights in 2 bytes a
+    parameter less, and moments of the dtypes below. Needs a GPU, Transformer Engine and the distributed optimizer."""
+    exp_avg_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of AdamW's first moment; bfloat16 needs precision_aware=true."""
+    exp_avg_sq_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of AdamW's second moment; bfloat16 needs precision_aware=true."""
     updates_per_step: Positive = 1
     """Minibatches that one step's rollouts are split into."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of the learning rate's linear rise."""
+
+    @model_validator(mode="after")
+    def moments_can_be_kept(self):
+        for key, beta in zip(("exp_avg_dtype", "exp_avg_sq_dtype"), self.betas):
+            if getattr(self, key) == "float32":
+                continue
+            if not self.precision_aware:
+                raise ValueError(f"{key}=bfloat16 needs precision_aware=true; set optimizer.precision_aware=true")
+            if 1 - beta <= BFLOAT16_STALLS:
+                raise ValueError(
+                    f"{key}=bfloat16 is too coarse for betas={list(self.betas)}: rounding swallows a decay of "
+                    f"{1 - beta:.3g} a step; set optimizer.{key}=float32, or that beta to at most 0.996"
+                )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -20,7 +20,8 @@ class ModelConfig(Section):
     freeze_vision: bool = True
     """Leave the vision tower and its projector as they are."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights and activations; master weights, moments and gradients are float32."""
+    """Of weights and activations. Master weights are float32, and so are gradients and moments unless `optimizer` says
+    otherwise."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """FP8 format of the decoder's linear layers; needs a GPU and Transformer Engine."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "blockwise"
@@ -30,6 +31,12 @@ class ModelConfig(Section):
     attention: Literal["flash", "flex"] = "flash"
     """Kernels of the decoder's attention on a GPU in bfloat16; they round differently. `flex` is compiled, and computes
     float32 whatever stands here; a CPU has kernels of its own."""
+    apply_rope_fusion: bool = False
+    """Rotate queries and keys in one kernel of Transformer Engine's, in float32 up to the result; needs a GPU. Without
+    it sines, cosines and products are rounded to `dtype`, as transformers does."""
+    gradient_accumulation_fusion: bool = False
+    """Let the GEMM that makes a weight's gradient add it to the sum over microbatches, unrounded; needs a GPU and
+    Transformer Engine."""
 
     @model_validator(mode="after")
     def one_source(self):
@@ -46,6 +53,16 @@ class ModelConfig(Section):
             raise ValueError(f"fp8={self.fp8} quantises bfloat16, not dtype={self.dtype}; set model.dtype=bfloat16")
         return self
 
+    @model_validator(mode="after")
+    def fusions_beside_bfloat16(self):
+        for key in ("apply_rope_fusion", "gradient_accumulation_fusion"):
+            if getattr(self, key) and self.dtype != "bfloat16":
+                raise ValueError(
+                    f"{key}=true: Transformer Engine's layers are for bfloat16, not dtype={self.dtype}; set "
+                    f"model.{key}=false, or model.dtype=bfloat16"
+                )
+        return self
+
 
 class ParallelConfig(Section):
     """Megatron layout; data parallelism is what remains of the world size."""
@@ -58,6 +75,13 @@ class ParallelConfig(Section):
     """Also split norms and dropout, along the sequence, over the tensor-parallel ranks."""
     distributed_optimizer: bool = True
     """Split float32 weights and moments over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the last microbatch's backward pass goes on, a bucket as soon as
+    it is full. (Gathering the updated weights behind the next forward pass instead would hide nothing here: the refit
+    reads them at once.)"""
+    bucket_size: Positive | None = None
+    """Parameters of a bucket, with overlap_grad_reduce=true; null: the larger of 40 million and a million for each
+    data-parallel rank."""
     offload: Literal["auto", "always", "never"] = "auto"
     """Use the device's memory one after the other: the engine sleeps while the learner trains, and gradients and
     optimizer state leave the device while the engine generates. `auto`: on GPUs."""
@@ -68,6 +92,15 @@ class ParallelConfig(Section):
     aborts collectives."""
     silence_seconds: Annotated[int, Field(ge=5)] = 60
     """End the run when one rank has given no sign of life for so long."""
+
+    @model_validator(mode="after")
+    def buckets_are_reduced_one_by_one(self):
+        if self.bucket_size is not None and not self.overlap_grad_reduce:
+            raise ValueError(
+                f"bucket_size={self.bucket_size}, but gradients are reduced all at once; set "
+                "parallel.overlap_grad_reduce=true, or parallel.bucket_size=null"
+            )
+        return self
 
     @model_validator(mode="after")
     def sequence_needs_tensor(self):

@@ -107,6 +107,27 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def every_bucket_fills(self):
+        if self.parallel.overlap_grad_reduce and not self.model.freeze_vision:
+            raise ValueError(
+                "parallel.overlap_grad_reduce=true would wait for gradients that a rank without an image never has; "
+                "set model.freeze_vision=true, or parallel.overlap_grad_reduce=false parallel.bucket_size=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def optimizer_fits_weights(self):
+        optimizer = self.optimizer
+        if self.model.dtype != "bfloat16" and (optimizer.precision_aware or optimizer.main_grads_dtype == "bfloat16"):
+            key = "precision_aware=true" if optimizer.precision_aware else "main_grads_dtype=bfloat16"
+            raise ValueError(f"optimizer.{key} is for bfloat16 weights; set model.dtype=bfloat16")
+        if optimizer.precision_aware and not self.parallel.distributed_optimizer:
+            raise ValueError(
+                "optimizer.precision_aware=true needs the distributed one; set parallel.distributed_optimizer=true"
+            )
+        return self
+
+    @model_validator(mode="after")
     def old_captions_are_corrected(self):
         if self.rollout.ahead and not self.algorithm.corrects:
             raise ValueError(
