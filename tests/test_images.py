@@ -8,7 +8,7 @@ import pytest
 import skimage
 from PIL import Image, ImageOps
 
-from balcap_mega.data import files, headers
+from balcap_mega.data import headers, image_files
 from balcap_mega.data.files import ImageFileDataset
 from balcap_mega.data.headers import MOST_OBLONG, MOST_SCANS, picture_size
 from balcap_mega.data.images import DaliDecoder, PilDecoder, decode, shrink, why_unreadable
@@ -103,7 +103,7 @@ def test_exif_behind_the_pixels_of_a_png_turns_it_too():
 def test_only_what_lies_before_a_pictures_end_is_the_picture(tmp_path, monkeypatch, dali):
     photo = encoded(PHOTO, "JPEG")
     video = b"\0\0\0\x18ftypmp42" + bytes(1000) + b"\xff\xda\0\x02" * 2 * MOST_SCANS
-    monkeypatch.setattr(files, "MOST_BYTES", len(photo) + 100)
+    monkeypatch.setattr(image_files, "MOST_BYTES", len(photo) + 100)
     for name, picture in (("1.jpg", photo), ("2.jpg", encoded(PHOTO, "PNG")[:500])):
         (tmp_path / name).write_bytes(picture + video)
     dataset = ImageFileDataset(rows("1.jpg", "2.jpg"), tmp_path, max_missing_fraction=1)

@@ -21,8 +21,9 @@ from PIL import Image
 
 from balcap_mega.config.load import load_config
 from balcap_mega.config.schema import JudgeEndpoint, RewardConfig
-from balcap_mega.data.files import ImageFileDataset, ImageRow, read_image_file
+from balcap_mega.data.files import ImageFileDataset, ImageRow
 from balcap_mega.data.headers import MOST_SCANS, START_OF_SCAN
+from balcap_mega.data.image_files import read_image_file
 from balcap_mega.data.images import DaliDecoder, PilDecoder
 from balcap_mega.data.jsonl import as_line, read_jsonl
 from balcap_mega.errors import UserError

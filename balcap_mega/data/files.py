@@ -1,17 +1,15 @@
 """A dataset of image files and their captions: rows in memory, pictures read when a record is asked for."""
 
 import logging
-import os
-import re
-import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 from balcap_mega.data.annotations import LeftOut
 from balcap_mega.data.headers import Unreadable, picture_size
+from balcap_mega.data.image_files import MOST_BYTES, image_bytes, present_files, refuse_all_outside
 from balcap_mega.data.images import ImageDecoder, PilDecoder, shrink, why_unreadable
 from balcap_mega.data.inputs import digest_of
 from balcap_mega.data.questions import ChoiceQuestion
@@ -20,10 +18,7 @@ from balcap_mega.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 2**28  # of an image file; MOST_PIXELS have 200 MB without any compression
 HEAD_BYTES = 2**16  # of an image file, in which its header mostly lies
-# How files begin whose pictures end before they do: a phone puts its video behind a photo.
-MAY_GO_ON = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +31,18 @@ class ImageRow:
     reference: str
     units: tuple[str, ...] | None = None
     questions: tuple[ChoiceQuestion, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading one record came to, before it counts (`ImageFileDataset.take`).
+
+    record:     None where no picture was found that can be read
+    unreadable: the rows whose pictures could not be read on the way there, and what is wrong with each
+    """
+
+    record: CaptionRecord | None
+    unreadable: Mapping[int, str]
 
 
 class EmbeddedImages(Protocol):
@@ -55,6 +62,7 @@ class ImageFileDataset:
     missing, corrupt: how many rows were left out so far, and how many replaced; more than `max_missing_fraction` of
     all rows raises UserError, at construction or on the access that meets one too many.
     absent: the images that rows name and that are not there, in order
+    together: how many pictures the decoder is best given at a time
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class ImageFileDataset:
         decode: ImageDecoder | None = None,
         max_pixels: int | None = None,
         max_missing_fraction: float = 0.01,
+        together: int = 1,
     ):
         self.root = Path(image_root)
         total, left_out = len(rows), [row for row in rows if isinstance(row, LeftOut)]
@@ -74,13 +83,14 @@ class ImageFileDataset:
         refuse_all_outside((row.image, f"row {row.id!r}") for row in rows if row.image not in inside)
         for row in rows:
             refuse_placeholders(row.prompt, f"row {row.id!r}")
-        present = inside | _present_files(self.root, {row.image for row in rows} - inside)
+        present = inside | present_files(self.root, {row.image for row in rows} - inside)
         self.rows = [row for row in rows if row.image in present]
         self.missing = total - len(self.rows)
         self.absent = tuple(sorted({row.image for row in rows} - present))
         self._total = total
         self._embedded = embedded
         self._decode = decode or PilDecoder()
+        self.together = together
         self._max_pixels = max_pixels
         self._max_missing_fraction = max_missing_fraction
         self._corrupt: set[int] = set()
@@ -115,14 +125,36 @@ class ImageFileDataset:
 
     def load(self, indices: Sequence[int]) -> list[CaptionRecord]:
         """The records of `indices`, their pictures decoded as one batch."""
+        return [self.take(reading) for reading in self.read(indices)]
+
+    def read(self, indices: Sequence[int]) -> list[Reading]:
+        """The same, with nothing counted, logged or refused yet: any thread may call it, long before it is needed."""
         for index in indices:
             if not 0 <= index < len(self.rows):
                 raise IndexError(f"record {index} of a dataset of {len(self.rows)}")
         pictures = self._decode([self._read(index) for index in indices])
         return [
-            self._next_sound(index) if picture is None else self._record(index, picture)
+            self._next_sound(index) if picture is None else Reading(self._record(index, picture), {})
             for index, picture in zip(indices, pictures)
         ]
+
+    def take(self, reading: Reading) -> CaptionRecord:
+        """The record that was read; pictures that could not be are logged and counted, each once.
+
+        Raises UserError for one too many of them.
+        """
+        for index, reason in reading.unreadable.items():
+            if index not in self._corrupt:
+                self._corrupt.add(index)
+                self._reason = f"{str(self.root / self.rows[index].image)!r} {reason}"
+                log.warning("%s; the next image takes its place", self._reason)
+                self._refuse_too_many()
+        if reading.record is None:
+            self._refuse_too_many()
+            raise UserError(
+                f"no image below {self.root} can be decoded, e.g. {self._reason}", remedy="replace the images"
+            )
+        return reading.record
 
     def digest(self) -> str:
         return digest_of(
@@ -180,21 +212,18 @@ class ImageFileDataset:
             picture = shrink(picture, self._max_pixels)
         return CaptionRecord(row.id, picture, row.prompt, row.reference, row.units, row.questions)
 
-    def _next_sound(self, index: int) -> CaptionRecord:
-        while True:
-            if index not in self._corrupt:
-                self._corrupt.add(index)
-                self._reason = f"{str(self.root / self.rows[index].image)!r} {self.why_unreadable(index)}"
-                log.warning("%s; the next image takes its place", self._reason)
-                self._refuse_too_many()
-                if len(self._corrupt) == len(self.rows):
-                    raise UserError(
-                        f"no image below {self.root} can be decoded, e.g. {self._reason}", remedy="replace the images"
-                    )
+    def _next_sound(self, index: int) -> Reading:
+        """The first sound picture behind that of `index`, which is not; the search ends with one too many."""
+        unreadable: dict[int, str] = {}
+        while len(unreadable) < len(self.rows):
+            unreadable[index] = self.why_unreadable(index) or "cannot be decoded"
+            if self.missing + len(unreadable) > self._max_missing_fraction * self._total:
+                break
             index = (index + 1) % len(self.rows)
             (picture,) = self._decode([self._read(index)])
             if picture is not None:
-                return self._record(index, picture)
+                return Reading(self._record(index, picture), unreadable)
+        return Reading(None, unreadable)
 
     def _refuse_too_many(self) -> None:
         lost = self.missing + len(self._corrupt)
@@ -207,89 +236,6 @@ class ImageFileDataset:
             )
 
 
-def refuse_all_outside(images: Iterable[tuple[str, str]]) -> None:
-    """`refuse_outside` for many (image, where): of each kind of path that is refused, the first is named."""
-    refused: dict[str, str] = {}
-    remedies: dict[str, None] = {}
-    for image, where in images:
-        if (found := _is_no_path_below(image)) and found[0] not in refused:
-            refused[found[0]] = f"{where}: image {image[:100]!r} {found[0]}"
-            remedies[found[1]] = None
-    if refused:
-        raise UserError("; ".join(refused.values()), remedy="; ".join(remedies))
-
-
-def refuse_outside(image: str, where: str) -> None:
-    """Raise UserError, naming `where` the path stands, for one that does not lie below the image root by its name.
-
-    Links that the root itself holds are its owner's and are followed: large collections are put together with them.
-    """
-    refuse_all_outside([(image, where)])
-
-
-def _is_no_path_below(image: str) -> tuple[str, str] | None:
-    """(what it is instead, what to do)."""
-    path = PurePosixPath(image)
-    below = "write it relative to data.image_root, without '..'"
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", image):
-        return "is an address, and pictures are not fetched", "download them, and name the files below the image root"
-    if image.startswith("data:"):
-        return "is the picture itself, embedded", "write pictures to files, or use data.source=parquet"
-    if "\\" in image or re.match(r"[a-zA-Z]:", image):
-        return (
-            "is a Windows path, which does not lie below the image root",
-            "write it with '/', relative to data.image_root",
-        )
-    if not path.name or "\0" in image:
-        return "does not lie below the image root: it names no file", below
-    if path.is_absolute() or ".." in path.parts:
-        return "does not lie below the image root", below
-    return None
-
-
-def image_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The file's first bytes, at most `most` of them. Raises Unreadable if it is no plain file, or larger.
-
-    A pipe or a device in an image's place would be waited for, or read, for ever.
-    """
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise Unreadable("is no plain file")
-            if status.st_size > MOST_BYTES and not file.read(8).startswith(MAY_GO_ON):
-                raise Unreadable(f"has {status.st_size} bytes, more than the {MOST_BYTES} that are read of an image")
-            file.seek(0)
-            return file.read(most)
-    except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror}") from None
-
-
-def read_image_file(path: Path) -> bytes:
-    """The same; none, which no decoder takes for an image, where `image_bytes` raises."""
-    try:
-        return image_bytes(path)
-    except Unreadable as error:
-        log.warning("%r %s", str(path), error)
-        return b""
-
-
 def _plain(questions: Sequence[ChoiceQuestion] | None) -> list[tuple]:
     """Nothing for a row without questions: as before rows could have any."""
     return [(each.question, each.choices, each.answer) for each in questions or ()]
-
-
-def _present_files(root: Path, images: set[str]) -> set[str]:
-    """Those of `images` that exist. One listing a folder: 100k single look-ups take minutes on a network disk."""
-    folders: dict[str, set[str]] = {}
-    present = set()
-    for image in images:
-        folder, name = os.path.split(image)
-        if folder not in folders:
-            try:
-                folders[folder] = set(os.listdir(root / folder))
-            except OSError:
-                folders[folder] = set()
-        if name in folders[folder]:
-            present.add(image)
-    return present

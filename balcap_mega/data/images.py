@@ -1,5 +1,6 @@
 """Encoded image files to upright RGB pictures on white, by PIL or by DALI, with the same pixels."""
 
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -69,10 +70,12 @@ class DaliDecoder:
 
     What DALI does not read as PIL does (transparency, 16 bits, animations, formats that it has not) goes to PIL, and so
     does a batch with a damaged file, for DALI refuses such a batch as a whole. Pictures are turned by what PIL says.
+    Several threads may share it: they take turns at the pipeline, which has threads of its own.
     """
 
     def __init__(self, batch_size: int = 32, threads: int = 2):
         self._batch_size, self._threads = batch_size, threads
+        self._turn = threading.Lock()
         self._pipeline = self._build()
 
     def _build(self):
@@ -117,13 +120,15 @@ class DaliDecoder:
         return pictures
 
     def _decode_batch(self, files: list[tuple[bytes, Header]]) -> list[Image.Image | None]:
-        try:
-            self._pipeline.feed_input("files", [np.frombuffer(data, np.uint8) for data, _ in files])
-            (decoded,) = self._pipeline.run()
-        except RuntimeError:
-            self._pipeline = self._build()  # a pipeline that failed cannot run again
-            return [_decoded(data) for data, _ in files]
-        return [_turned(Image.fromarray(np.array(decoded[i])), header) for i, (_, header) in enumerate(files)]
+        with self._turn:
+            try:
+                self._pipeline.feed_input("files", [np.frombuffer(data, np.uint8) for data, _ in files])
+                (decoded,) = self._pipeline.run()
+            except RuntimeError:
+                self._pipeline = self._build()  # a pipeline that failed cannot run again
+                return [_decoded(data) for data, _ in files]
+            pixels = [np.array(decoded[i]) for i in range(len(files))]  # copied: the next run writes over them
+        return [_turned(Image.fromarray(array), header) for array, (_, header) in zip(pixels, files, strict=True)]
 
 
 def _is_plain(header: Header, data: bytes) -> bool:

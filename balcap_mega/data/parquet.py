@@ -11,8 +11,9 @@ from typing import Any
 
 from balcap_mega.config.schema import ParquetColumns
 from balcap_mega.data.annotations import LeftOut
-from balcap_mega.data.files import MOST_BYTES, ImageRow
+from balcap_mega.data.files import ImageRow
 from balcap_mega.data.headers import Unreadable
+from balcap_mega.data.image_files import MOST_BYTES
 from balcap_mega.data.jsonl import DEFAULT_PROMPT
 from balcap_mega.data.questions import FORM, ChoiceQuestion, as_questions
 from balcap_mega.data.sharegpt4v import IMAGE_TOKEN

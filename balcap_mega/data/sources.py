@@ -13,6 +13,8 @@ from balcap_mega.data.scenes.dataset import ScenesDataset
 from balcap_mega.data.sharegpt4v import read_sharegpt4v
 from balcap_mega.errors import UserError
 
+DALI_TOGETHER = 8  # pictures: enough for its threads, and soon done
+
 # Those of one file whose images are files.
 READERS = {"sharegpt4v": read_sharegpt4v, "jsonl": read_jsonl}
 
@@ -29,13 +31,15 @@ def build_datasets(config: DataConfig, seed: int) -> tuple[CaptionDataset, Capti
         )
     embedded = ParquetFiles(config.path, config.columns) if config.source == "parquet" else None
     read = partial(READERS[config.source], config.path) if embedded is None else embedded.rows
+    dali = config.image_backend == "dali"
     dataset = ImageFileDataset(
         read(config.image_prefixes),
         config.image_root or ".",
         embedded=embedded,
-        decode=DaliDecoder() if config.image_backend == "dali" else PilDecoder(),
+        decode=DaliDecoder(threads=max(config.threads, 1)) if dali else PilDecoder(),
         max_pixels=config.max_pixels,
         max_missing_fraction=config.max_missing_fraction,
+        together=DALI_TOGETHER if dali else 1,
     )
     images = list(dict.fromkeys(row.image for row in dataset.rows))
     if len(images) <= config.eval_size:

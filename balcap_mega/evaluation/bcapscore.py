@@ -18,7 +18,8 @@ from typing_extensions import TypedDict
 
 from balcap_mega.algorithm.words import count_words
 from balcap_mega.data.annotations import LeftOut
-from balcap_mega.data.files import ImageRow, refuse_outside
+from balcap_mega.data.files import ImageRow
+from balcap_mega.data.image_files import refuse_outside
 from balcap_mega.data.jsonl import drop_cut_line, read_jsonl
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError

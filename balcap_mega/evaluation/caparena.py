@@ -25,7 +25,7 @@ from typing import Literal, NotRequired
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from balcap_mega.data.files import refuse_outside
+from balcap_mega.data.image_files import refuse_outside
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation.pictures import Pictures
 from balcap_mega.evaluation.session import fill, for_each, load_prompts, read_json, write_json

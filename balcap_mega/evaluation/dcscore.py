@@ -27,7 +27,7 @@ from typing import Any, NotRequired
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from balcap_mega.data.files import refuse_outside
+from balcap_mega.data.image_files import refuse_outside
 from balcap_mega.errors import UserError
 from balcap_mega.evaluation.dcscore_scoring import (
     BAD_REPLY,

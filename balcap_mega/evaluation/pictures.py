@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from balcap_mega.data.files import read_image_file
 from balcap_mega.data.headers import Unreadable
+from balcap_mega.data.image_files import read_image_file
 from balcap_mega.data.images import decode, why_unreadable
 from balcap_mega.errors import UserError
 

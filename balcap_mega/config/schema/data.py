@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from balcap_mega.config.schema.base import MAY_CHANGE, Fraction, Positive, Section
+from balcap_mega.config.schema.base import MAY_CHANGE, Fraction, NonNegative, Positive, Section
 
 
 class ParquetColumns(Section):
@@ -49,6 +49,11 @@ class DataConfig(Section):
     """What decodes JPEGs."""
     max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None
     """Shrink larger pictures to this as they are loaded."""
+    threads: Annotated[int, Field(ge=0, le=256), MAY_CHANGE] = 4
+    """Threads of each rank that read, decode and process the next pictures while devices work; 0: each picture when it
+    is asked for."""
+    ahead_gib: Annotated[NonNegative, MAY_CHANGE] = 4.0
+    """Bound on the host memory of a rank's pictures that wait to be used, each thread's own besides."""
     pad_to_square: bool = False
     """Lay pictures on a square of mean colour, as LLaVA's own training did. Its published processor crops a quarter off
     every 4:3 picture, which judge and reference cover. Whoever serves the trained policy should pad as well."""
