@@ -211,7 +211,8 @@ def grid_table(results: Sequence[dict[str, float]]) -> str:
 
 def run_step(folder: Path, images: int, group: int, caption_tokens: int, repeats: int) -> dict[str, float]:
     """vLLM's captions, then the update on them: what TRL's step is held against."""
-    from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest
+    from balcap_mega.rollout.engine import RolloutEngine
+    from balcap_mega.rollout.requests import RolloutRequest
 
     examples = records(images, 336, 336)
     bench = Bench.of(folder)

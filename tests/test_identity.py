@@ -24,8 +24,8 @@ from balcap_mega.models.huggingface import fingerprint
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.parallel.groups import ProcessGrid
 from balcap_mega.rewards.factory import build_rewards
-from balcap_mega.rollout.engine import request_seed
 from balcap_mega.rollout.replicas import Replica
+from balcap_mega.rollout.requests import request_seed
 from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
 from balcap_mega.training.batches import BatchBuilder
 from balcap_mega.training.folder import RunFolder
@@ -212,7 +212,7 @@ def test_a_record_that_a_step_has_twice_gets_a_seed_and_a_judgement_for_each_pla
     halves = [prompts.of(Replica(index, 2, 0)) for index in range(2)]
     mine = sorted([*halves[0], *halves[1]], key=lambda prompt: prompt.place)
     assert [(p.place, p.record_index, p.repeat) for p in mine] == [(0, 4, 0), (1, 2, 0), (2, 4, 1), (3, 4, 2)]
-    assert mine == prompts.of(Replica(0, 1, 0))
+    assert mine == list(prompts.of(Replica(0, 1, 0)))
     seeds = [request_seed(0, 7, prompt.record_index, prompt.repeat) for prompt in mine]
     assert len(set(seeds)) == 4 and seeds[:2] == [request_seed(0, 7, 4), request_seed(0, 7, 2)]
 

@@ -46,7 +46,8 @@ def test_a_cuda_run_is_not_redirected():
 
 def caption_between_updates(folder):
     """Greedy captions before and after Megatron updates in the same process; and `torch` as vLLM finds it each time."""
-    from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest
+    from balcap_mega.rollout.engine import RolloutEngine
+    from balcap_mega.rollout.requests import RolloutRequest
 
     prompts = [RolloutRequest(index, ScenesDataset(2, seed=0, split="train")[index], index) for index in range(2)]
     rollout = RolloutConfig(max_tokens=16, max_model_len=512)

@@ -12,7 +12,9 @@ from transformers import AutoModelForImageTextToText
 from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.errors import UserError
 from balcap_mega.models.families import FAMILIES
-from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest, request_seed
+from balcap_mega.rollout import generation
+from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.requests import RolloutRequest, request_seed
 from balcap_mega.rollout.vllm_runtime.process import process_state_kept
 from tests.support.distributed import launch
 from tests.support.rollout_cases import largest_difference, make_prompts, reference_logits
@@ -72,6 +74,8 @@ def check_one_rank(folders):
             logits[:, list(banned)] = -torch.inf
             assert group.rollouts[0].token_ids == tuple(logits.argmax(-1).tolist())
 
+        check_prompts_go_in_while_others_generate(engine, prompts)
+
         engine.config = engine.config.model_copy(update={"timeout_seconds": 0})
         with pytest.raises(TimeoutError, match=r"still waiting for 3 records \(100, 107, 114\)"):
             engine.sample(prompts[:3], step=5)
@@ -101,6 +105,39 @@ def check_one_rank(folders):
     [processor] = engine.llm.apply_model(lambda model: model.get_language_model().logits_processor)
     processor.logits_as_input, logits = True, 30 * torch.randn(3, 50, dtype=torch.bfloat16)
     assert torch.equal(processor(None, logits.clone()), logits.float() * (1 / 0.7))
+
+
+def check_prompts_go_in_while_others_generate(engine, prompts):
+    """Bit for bit as if all had been submitted at first, as long as vLLM's queue has more than its next step takes."""
+    scheduler, everything = engine.llm.engine_core.engine_core.scheduler, engine.step_tokens
+    steps, ended = [], []
+
+    def sample(prompts):
+        """The groups; after how many engine steps each prompt was asked for, and how many captions had ended."""
+        steps.clear(), ended.clear()
+        asked = []
+
+        def coming():
+            for prompt in prompts:
+                asked.append((len(steps), len(ended)))
+                yield prompt
+
+        groups = engine.sample(coming(), step=5, on_finished=lambda *caption: ended.append(caption))
+        return groups, *zip(*asked, strict=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.llm, "step", lambda step=engine.llm.step: steps.append(1) or step())
+        patch.setattr(scheduler, "max_num_scheduled_tokens", 128)
+        expected, asked, _ = sample(prompts)
+        assert asked == (0,) * len(prompts)
+        patch.setattr(engine, "step_tokens", 128)
+        groups, asked, _ = sample(prompts)
+        assert asked[0] == 0 < asked[-1]
+        assert groups == expected
+        patch.setattr(generation, "MOST_BYTES", 1)
+        groups, _, before = sample(prompts[:3])
+        assert token_ids(groups) == token_ids(expected[:3]) and before == (0, 4, 8)
+    assert engine.step_tokens == everything
 
 
 def gave_up(output):

@@ -8,7 +8,8 @@ import torch
 from balcap_mega.config.schema import RolloutConfig
 from balcap_mega.data.records import CaptionRecord, refuse_placeholders
 from balcap_mega.evaluation.pictures import Pictures
-from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest
+from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.requests import RolloutRequest
 
 AT_ONCE = 128  # images handed to the engine together, and captions lost at most by an interruption
 

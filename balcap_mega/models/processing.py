@@ -1,5 +1,6 @@
 """From a caption record to what the policy and the engine read, by the checkpoint's own Hugging Face processor."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,16 @@ class ProcessedPrompt:
     prompt_token_ids: [P], image tokens expanded, generation prompt included
     position_ids:     [3, P] int64 rotary positions (temporal, height, width); a caption's tokens go on from their
                       largest value + 1, equal in all three
-    vision:           the image as the vision tower takes it
+    vision:           the image as the vision tower takes it; `PromptProcessor.without_pixels` leaves them out
     """
 
     prompt_token_ids: tuple[int, ...]
     position_ids: Tensor
     vision: VisionInputs
+
+    @property
+    def nbytes(self) -> int:
+        return self.vision.pixel_values.nbytes
 
 
 class _GenerationConfig(BaseModel):
@@ -45,6 +50,8 @@ class PromptProcessor:
     banned_token_ids: media placeholders, which a caption must not hold: they would ask for an image's embeddings
     pad_to_square: lay pictures on a square, for the engine and the trainer alike, where the image processor would cut
         out their centre. UserError for a model that sees whole pictures anyway.
+
+    Several threads may share it.
     """
 
     def __init__(self, folder: str | Path, *, pad_to_square: bool = False):
@@ -60,6 +67,8 @@ class PromptProcessor:
         self._config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._family = FAMILIES[self._config.model_type]
         self._tokenizer = self._processor.tokenizer
+        # What splits special tokens is a setting of a tokenizer, not of a call: one for prompts, one for other texts.
+        self._text_tokenizer = copy.deepcopy(self._tokenizer)
         self._text_lengths: dict[str, int] = {}  # of prompts as rendered; a dataset has few that differ
         self._pads = pad_to_square
         if pad_to_square and self.seen_share((2, 1), as_it_is=True) == 1:
@@ -86,6 +95,19 @@ class PromptProcessor:
             ProcessedPrompt(tuple(row.tolist()), self.position_ids(row, image.image_grid_thw), image)
             for row, image in zip(token_ids, images, strict=True)
         ]
+
+    def without_pixels(self, token_ids: Sequence[int], size: tuple[int, int]) -> ProcessedPrompt:
+        """A prompt that was processed elsewhere, about a picture of `size` (width, height): all but the pixels."""
+        if self._pads:
+            size = (max(size), max(size))
+        grid = self._family.image_grid(self._processor.image_processor, size)
+        return ProcessedPrompt(
+            tuple(token_ids), self.position_ids(torch.tensor(token_ids), grid), VisionInputs.without_pixels(grid)
+        )
+
+    def image_tokens(self, token_ids: Sequence[int]) -> int:
+        """How many of a prompt's tokens stand for its image."""
+        return token_ids.count(self._config.image_token_id)
 
     def prompt_text(self, prompt: str) -> str:
         """The chat template's text with one unexpanded image placeholder: what vLLM is given beside the image."""
@@ -156,7 +178,7 @@ class PromptProcessor:
         return float(len(self._text_token_ids(text)))
 
     def _text_token_ids(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return self._text_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _media_token_ids(self) -> tuple[int, ...]:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

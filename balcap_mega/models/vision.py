@@ -4,7 +4,7 @@ Parameter names are transformers' own, under the attributes that Hugging Face's 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,16 @@ class VisionInputs:
 
     pixel_values:    [patches, channels * temporal * patch * patch] of a tower that takes any number of patches;
                      [1, 3, height, width] of one that takes a single size; float32
+                     [0] on a rank that does not encode the image
     image_grid_thw:  [1, 3] int64, patches in time, height and width; None for a single size
     """
 
     pixel_values: Tensor
     image_grid_thw: Tensor | None = None
+
+    @classmethod
+    def without_pixels(cls, image_grid_thw: Tensor | None) -> "VisionInputs":
+        return cls(torch.empty(0), image_grid_thw)
 
 
 class VisionTower(nn.Module, ABC):
@@ -49,14 +54,16 @@ def encode_images(
 ) -> list[Tensor]:
     """[tokens_i, width] embeddings of every image, each encoded by one rank of `group` and shared with the rest.
 
-    Every rank passes the same images. In the backward pass each rank takes the gradient of the images it encoded, so
-    its parameters' gradients are partial sums over the group.
+    Every rank passes the same images, with pixels where `encoded_by` says so. In the backward pass each rank takes the
+    gradient of the images it encoded, so its parameters' gradients are partial sums over the group.
     """
     counts = [tower.token_count(image) for image in images]
     if group.size() == 1:
         return list(tower(images).split(counts))
     shares = share_out(counts, group.size())
     mine = shares[group.rank()]
+    if not all(images[index].pixel_values.numel() for index in mine):
+        raise ValueError("an image is without pixels on the rank that encodes it")
     if mine:
         encoded = tower([images[index] for index in mine])
     else:
@@ -70,6 +77,25 @@ def encode_images(
     order = [index for share in shares for index in share]
     by_image = dict(zip(order, gathered.split([counts[index] for index in order]), strict=True))
     return [by_image[index] for index in range(len(images))]
+
+
+def encoded_by(
+    rank: int, ranks: int, rows: Iterable[Sequence[int]], counts: Mapping[int, int], *, frozen: bool
+) -> set[int]:
+    """The images that `encode_images` has rank `rank` of `ranks` encode, as the policy passes row after row.
+
+    rows:   each row's images by number, in order
+    counts: of the decoder's tokens, by image
+    frozen: the tower is: each image is encoded in the first row that has it, and not again
+    """
+    mine: set[int] = set()
+    known: set[int] = set()
+    for row in rows:
+        images = [image for image in dict.fromkeys(row) if image not in known]
+        if frozen:
+            known |= set(images)
+        mine |= {images[index] for index in share_out([counts[image] for image in images], ranks)[rank]}
+    return mine
 
 
 def share_out(costs: Sequence[int], ranks: int) -> list[list[int]]:

@@ -1,9 +1,8 @@
 """vLLM in the trainer's processes: captions of a step's prompts, with the logprobs the trainer is held against."""
 
-import hashlib
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,17 @@ from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
 from balcap_mega.models.architecture import Architecture
 from balcap_mega.models.processing import PromptProcessor
-from balcap_mega.rollout.rollouts import Rollout, RolloutGroup, SeenRecord
-from balcap_mega.rollout.vllm_runtime.engine import build_engine, end_engine, register_weight_transfer, scale_logits
+from balcap_mega.rollout.generation import ENDS, Generation, OnFinished
+from balcap_mega.rollout.requests import RenderedPrompt, RolloutRequest, request_seed
+from balcap_mega.rollout.rollouts import Rollout, RolloutGroup
+from balcap_mega.rollout.vllm_runtime.engine import (
+    build_engine,
+    end_engine,
+    register_weight_transfer,
+    render_prompt,
+    scale_logits,
+    tokens_of_a_step,
+)
 from balcap_mega.rollout.vllm_runtime.process import import_vllm, process_state_kept
 
 CPU_KV_CACHE_BYTES = 2**30
@@ -25,27 +33,6 @@ WEIGHT_TRANSFER = ("balcap_mega", "balcap_mega.rollout.refit.weight_transfer", "
 """Name, module and class of our backend of vLLM's weight-transfer interface."""
 
 REFIT_WORKER = "balcap_mega.rollout.vllm_runtime.backend.RefitWorker"
-
-ENDS = {"stop": True, "length": False}
-"""vLLM's reasons why a caption is over, and whether it is whole then. Any other one says that something failed."""
-
-OnFinished = Callable[[int, int, Rollout], None]
-"""(the prompt's place, rollout number, rollout), called as soon as one caption is finished, while others generate."""
-
-
-@dataclass(frozen=True)
-class RolloutRequest:
-    """A record to caption.
-
-    place:        in its step, or among all that are captioned together
-    record_index: in its dataset
-    repeat:       how many earlier places of the step have the same record
-    """
-
-    place: int
-    record: CaptionRecord
-    record_index: int
-    repeat: int = 0
 
 
 class RolloutEngine:
@@ -82,6 +69,7 @@ class RolloutEngine:
         self.processor = PromptProcessor(model_folder, pad_to_square=pad_to_square)
         architecture = Architecture.from_folder(model_folder)
         self.vision_data_parallel = architecture.family.vision_data_parallel and config.tensor_parallel > 1
+        self._rendering = threading.Lock()
         self._vllm = import_vllm()
         register_weight_transfer(*WEIGHT_TRANSFER)
         with process_state_kept(device):
@@ -94,9 +82,18 @@ class RolloutEngine:
                 arguments["mm_encoder_tp_mode"] = "data"
             self.llm = build_engine(self._vllm.EngineArgs(**arguments))
         scale_logits(self.llm, 1 / config.temperature)
+        self.step_tokens = tokens_of_a_step(self.llm)
+
+    def render(self, record_index: int, record: CaptionRecord) -> RenderedPrompt:
+        """Tokens and the processed image of a record's prompt. Any thread may call it, at any time.
+
+        It depends on no weights. All captions of the record share its tensors. Raises UserError as `sample` does.
+        """
+        with self._rendering, self._must_fit(record_index):
+            return render_prompt(self.llm, self.processor.engine_prompt(record))
 
     def sample(
-        self, requests: Sequence[RolloutRequest], *, step: int, on_finished: OnFinished | None = None
+        self, requests: Iterable[RolloutRequest], *, step: int, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
         """`group_size` captions of each request, in the requests' order.
 
@@ -116,7 +113,7 @@ class RolloutEngine:
         )
 
     def greedy(
-        self, requests: Sequence[RolloutRequest], *, on_finished: OnFinished | None = None
+        self, requests: Iterable[RolloutRequest], *, on_finished: OnFinished | None = None
     ) -> list[RolloutGroup]:
         """The most likely next token each time, for evaluation: groups of one caption.
 
@@ -174,76 +171,35 @@ class RolloutEngine:
         )
 
     def _generate(
-        self, requests: Sequence[RolloutRequest], params: Callable, count: int, on_finished: OnFinished | None
+        self, requests: Iterable[RolloutRequest], params: Callable, count: int, on_finished: OnFinished | None
     ) -> list[RolloutGroup]:
         """`count` captions of each request, under the vLLM sampling parameters `params(request)`."""
-        deadline = time.monotonic() + self.config.timeout_seconds
-        captions: list[dict[int, Rollout]] = [{} for _ in requests]
-        prompt_token_ids: list[tuple[int, ...]] = [()] * len(requests)
-        request_ids: list[str] = []
+
+        def submit(name: str, request: RolloutRequest) -> tuple[str, RenderedPrompt]:
+            sampling = params(request)
+            sampling.n = count
+            rendered = request.rendered or self.render(request.record_index, request.record)
+            with self._must_fit(request.record_index):
+                return self.llm.add_request(name, rendered.inputs, sampling), rendered
+
+        generation = Generation(self.llm, submit, self._rollout, count, self.step_tokens)
         with process_state_kept(self.device):
-            try:
-                for place, request in enumerate(requests):
-                    sampling = params(request)
-                    sampling.n = count
-                    request_ids.append(self._submit(str(place), request, sampling))
-                while self.llm.has_unfinished_requests():
-                    if time.monotonic() > deadline:
-                        raise TimeoutError(self._waited_for(requests, captions, count))
-                    for output in self.llm.step():
-                        place = int(output.request_id)
-                        prompt_token_ids[place] = tuple(output.prompt_token_ids)
-                        for completion in output.outputs:
-                            if completion.finish_reason is None:
-                                continue
-                            if completion.finish_reason not in ENDS:
-                                raise RuntimeError(
-                                    f"vLLM gave up caption {completion.index} of record {requests[place].record_index} "
-                                    f"({completion.finish_reason}): what there is of it is no sample of the policy"
-                                )
-                            rollout = captions[place][completion.index] = self._rollout(completion)
-                            if on_finished is not None:
-                                on_finished(requests[place].place, completion.index, rollout)
-            except BaseException:
-                self.llm.abort_request(request_ids, internal=True)
-                raise
-        return [
-            RolloutGroup(
-                request.place,
-                token_ids,
-                tuple(group[number] for number in range(count)),
-                SeenRecord.of(request.record_index, request.record),
-            )
-            for request, token_ids, group in zip(requests, prompt_token_ids, captions, strict=True)
-        ]
+            return generation.run(requests, self.config.timeout_seconds, on_finished)
 
     def _rollout(self, completion) -> Rollout:
         token_ids, logprobs = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
         text = self.processor.decode_caption(token_ids)
         return Rollout(token_ids, logprobs, text, finished=ENDS[completion.finish_reason])
 
-    def _submit(self, name: str, request: RolloutRequest, sampling) -> str:
-        """Hand one request to vLLM. It processes the image here, and refuses one that leaves no room for a caption."""
+    @contextmanager
+    def _must_fit(self, record_index: int) -> Iterator[None]:
         try:
-            return self.llm.add_request(name, self.processor.engine_prompt(request.record), sampling)
+            yield
         except self._vllm.exceptions.VLLMValidationError as error:
             raise UserError(
-                f"record {request.record_index} does not fit "
-                f"rollout.max_model_len={self.config.max_model_len}: {error}",
+                f"record {record_index} does not fit rollout.max_model_len={self.config.max_model_len}: {error}",
                 remedy="in a new run raise rollout.max_model_len or lower data.max_pixels",
             ) from error
-
-    def _waited_for(
-        self, requests: Sequence[RolloutRequest], captions: Sequence[dict[int, Rollout]], count: int
-    ) -> str:
-        waiting = [
-            str(request.record_index) for request, group in zip(requests, captions, strict=True) if len(group) < count
-        ]
-        shown = ", ".join(waiting[:8]) + (", ..." if len(waiting) > 8 else "")
-        return (
-            f"rollout.timeout_seconds={self.config.timeout_seconds} passed with {sum(map(len, captions))} of "
-            f"{count * len(requests)} captions finished; still waiting for {len(waiting)} records ({shown})"
-        )
 
 
 def engine_arguments(
@@ -259,6 +215,8 @@ def engine_arguments(
         "max_model_len": config.max_model_len,
         "tensor_parallel_size": config.tensor_parallel,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
+        # A group shares its prompt's tensors anyway, and no weights outlive a step: 4 GiB of old pictures, twice.
+        "mm_processor_cache_gb": 0,
         "logprobs_mode": "raw_logprobs",
         "weight_transfer_config": {"backend": WEIGHT_TRANSFER[0]},
         "worker_extension_cls": REFIT_WORKER,
@@ -294,10 +252,3 @@ def fp8_arguments(architecture: Architecture) -> dict[str, Any]:
         "quantization": "fp8_per_channel",
         "quantization_config": {"ignore": [rf"re:(.*\.)?{name}\..*" for name in unquantised]},
     }
-
-
-def request_seed(seed: int, step: int, record_index: int, repeat: int = 0) -> int:
-    """A 62-bit seed for one prompt of one step; vLLM adds the rollout's number to it."""
-    name = f"{seed}/{step}/{record_index}" + (f"/{repeat}" if repeat else "")
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2

@@ -1,6 +1,6 @@
 """The result of the rollout stage: G sampled captions of each prompt, with the engine's logprobs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
@@ -31,16 +31,18 @@ class SeenRecord:
     id:     `CaptionRecord.id`; of another record if the dataset replaced one whose picture is corrupt
     pixels: `CaptionRecord.pixels`, a digest
     by:     the rank that loaded it, and its host
+    size:   of the picture, (width, height); None where it was not kept, as in a step's record
     """
 
     index: int
     id: str
     pixels: str
     by: str
+    size: tuple[int, int] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, index: int, record: CaptionRecord) -> "SeenRecord":
-        return cls(index, record.id, record.pixels, this_rank())
+        return cls(index, record.id, record.pixels, this_rank(), record.image.size)
 
     def refuse_unlike(self, other: "SeenRecord") -> None:
         """Raise UserError, naming both hosts, unless `other` is the same record with the same pixels."""

@@ -29,8 +29,9 @@ from balcap_mega.evaluation.session import Coverage, read_json, write_json
 from balcap_mega.parallel.agreement import failing_together, from_first_rank
 from balcap_mega.parallel.progress import progress
 from balcap_mega.rewards.mllm.client import ChatClient
-from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest
+from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.replicas import Replica
+from balcap_mega.rollout.requests import RolloutRequest
 from balcap_mega.training.observe.metrics import LATE_METRICS_FILE, read_metrics
 
 log = logging.getLogger(__name__)

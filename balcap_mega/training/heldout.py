@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Container, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -97,10 +98,11 @@ def evaluate_held_out(
     What goes wrong on one rank is raised on all of them. Raises TooManyMissing by the rule that steps have too.
     """
     judging = Judging(rewards if replica.is_leader else None, records, length, timeout_seconds, quotes)
-    with failing_together(engine.device):
+    with failing_together(engine.device), closing(records):
+        groups = engine.greedy(records.of(replica, engine.render), on_finished=judging.submit)
         mine = [
             HeldOutCaption(group.seen.index, group.rollouts[0].text, judged.judgement, judged.score)
-            for group, [judged] in judging.scored(engine.greedy(records.of(replica), on_finished=judging.submit))
+            for group, [judged] in judging.scored(groups)
         ]
     captions = replica.gather(mine)
     batch = build_reward_batch([[caption.score] for caption in captions])

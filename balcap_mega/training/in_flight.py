@@ -35,7 +35,9 @@ class CaptionsInFlight:
 
     def sample(self, engine: RolloutEngine, replica: Replica) -> None:
         """Have them generated, and begin to judge each as it is finished. Returns when the last is."""
-        self.mine = engine.sample(self.prompts.of(replica), step=self.step, on_finished=self.judging.submit)
+        self.mine = engine.sample(
+            self.prompts.of(replica, engine.render), step=self.step, on_finished=self.judging.submit
+        )
 
     def saved(self, replica: Replica) -> bytes:
         """Everybody's captions as a checkpoint keeps them, on every rank. A collective."""

@@ -67,12 +67,14 @@ class Judging:
         self.quotes = quotes
         self.rewards, self.records, self.length, self.timeout_seconds = rewards, records, length, timeout_seconds
         self._pending: dict[tuple[int, int], PendingRewards | _Known] = {}
+        self._reference_lengths: dict[int, float] = {}
 
     def submit(self, place: int, number: int, rollout: Rollout) -> None:
         """Send one finished caption to the judge; returns at once."""
         progress.mark()
         if self.rewards is not None:
             record = self.records[place]
+            self._reference_length(place)  # while the record is at hand
             self._pending[place, number] = self.rewards.submit(record, rollout.text, quotes=place in self.quotes)
 
     def so_far(self, groups: Sequence[RolloutGroup]) -> list[tuple[Rewarded | None, ...]]:
@@ -111,9 +113,14 @@ class Judging:
         score = CaptionScore(
             components=rewarded.components,
             length=self.length(rollout.text),
-            reference_length=self.length(self.records[place].reference),
+            reference_length=self._reference_length(place),
         )
         return JudgedCaption(rewarded.judgement, score)
+
+    def _reference_length(self, place: int) -> float:
+        if place not in self._reference_lengths:
+            self._reference_lengths[place] = self.length(self.records[place].reference)
+        return self._reference_lengths[place]
 
     def _wait(self, place: int, number: int) -> Rewarded:
         try:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from balcap_mega.parallel.agreement import from_first_rank
 from balcap_mega.parallel.groups import ProcessGrid, end_parallel, initialize_parallel, world_size
 from balcap_mega.parallel.platform import Platform
 from balcap_mega.rewards.factory import check_rewards
-from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.training.benchmarks import Benchmarks
 from balcap_mega.training.build import build_trainer
 from balcap_mega.training.folder import RunFolder, full_disk_is_named, write_json, write_text
@@ -89,19 +88,23 @@ def train(
     benchmarks = Benchmarks(config, folder.root, platform.device)
     with phase("setup"):
         trainer = build_trainer(config, start, train_set, grid, platform, folder, stop)
-    with closed_in_order(trainer.engine):
+    with closed_in_order(trainer):
         reinforce(trainer, start, eval_set, folder, console, benchmarks, phase)
 
 
 @contextmanager
-def closed_in_order(engine: RolloutEngine) -> Iterator[None]:
-    """An engine that is done with, or was stopped, is closed on all ranks; after an error the process just ends."""
+def closed_in_order(trainer: Trainer) -> Iterator[None]:
+    """An engine that is done with, or was stopped, is closed on all ranks; after an error the process just ends.
+
+    Before that, however it ends, the threads that prepare pictures, with the engine too.
+    """
     try:
-        yield
+        with closing(trainer.pictures.ahead):
+            yield
     except Stopped:
-        engine.close()
+        trainer.engine.close()
         raise
-    engine.close()
+    trainer.engine.close()
 
 
 def reinforce(

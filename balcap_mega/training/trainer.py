@@ -18,7 +18,7 @@ from balcap_mega.rewards.missing import refuse_missing
 from balcap_mega.rollout.engine import RolloutEngine
 from balcap_mega.rollout.refit import Refit
 from balcap_mega.rollout.replicas import Replica
-from balcap_mega.training.batches import BatchBuilder
+from balcap_mega.training.batches import BatchBuilder, PromptLengths
 from balcap_mega.training.checkpoint.format import latest_checkpoint, load_checkpoint
 from balcap_mega.training.checkpoint.writer import CheckpointWriter
 from balcap_mega.training.guard.health import Finding, Health, Unhealthy
@@ -33,10 +33,10 @@ from balcap_mega.training.observe.refit_metrics import refit_metrics
 from balcap_mega.training.observe.speed import Speed
 from balcap_mega.training.observe.step_metrics import step_metrics
 from balcap_mega.training.off_policy import ByCaption, OffPolicy, by_caption, scored_prompts
-from balcap_mega.training.prompts import Prompts
+from balcap_mega.training.prompts import Pictures, Prompts
 from balcap_mega.training.record.format import FinishedCaptions
 from balcap_mega.training.record.recorder import Recorder
-from balcap_mega.training.truncation import without_truncated
+from balcap_mega.training.truncation import lengths, without_truncated
 from balcap_mega.training.update import caption_logprobs, learning_rate, update_policy
 
 
@@ -63,6 +63,8 @@ class Trainer:
         self.meter = JudgeMeter(self.rewards.judge if self.replica.is_leader else None)
         self.in_flight: dict[int, CaptionsInFlight] = {}  # by step
         self.speed = Speed.of(self.config, self.learner.architecture, self.learner.platform.device)
+        self.upcoming: dict[int, CaptionsInFlight] = {}  # whose pictures are being prepared, none sampled yet
+        self.pictures = Pictures.of(self.config.data)
 
     def step(self, number: int) -> dict[str, float]:
         """Run step `number` (from 0) and return its metrics. A collective.
@@ -77,13 +79,14 @@ class Trainer:
             self.stop.check(device)
             with phase("data"):
                 due = [self.captions_of(step) for step in self.steps_to_sample(number)]
-            with failing_together(device, waiting=phase("rewards")):
-                with phase("rollout"):
-                    for captions in due:
-                        captions.sample(self.engine, self.replica)
-                with phase("swap"):  # while the last captions are judged
-                    self.engine.sleep()
-                    self.learner.onload()
+            with failing_together(device, waiting=phase("rewards")), phase("rollout"):
+                for captions in due:
+                    captions.sample(self.engine, self.replica)
+            with phase("rewards"):
+                self.prepare_pictures(due)
+            with failing_together(device), phase("swap"):  # while the last captions are judged
+                self.engine.sleep()
+                self.learner.onload()
             self.in_flight |= {captions.step: captions for captions in due}  # now that every rank has its share
             captions = self.in_flight[number]
             with phase("scoring"):
@@ -118,7 +121,8 @@ class Trainer:
             updates = update_policy(self.learner, batches.minibatches, accept)
             logprobs = caption_logprobs(batches.minibatches, updates, len(trained_on.numbers), device)
             packed = batches.assignments
-            del self.in_flight[number], batches  # with their images' embeddings, before the engine wants the memory
+            self.in_flight.pop(number).prompts.close()
+            del captions, batches  # with their images' embeddings, before the engine wants the memory
         self.recorder(replace(finished, trained_logprobs=logprobs))
         with phase("refit"):
             moved = refit_metrics(self.refit.run(offload=self.learner.offload))
@@ -138,9 +142,33 @@ class Trainer:
 
     def captions_of(self, step: int) -> CaptionsInFlight:
         """The captions of a step, of which none is sampled yet."""
-        prompts = Prompts(self.dataset, self.sampler.indices(step))
+        if step in self.upcoming:
+            return self.upcoming.pop(step)
+        prompts = Prompts(self.dataset, self.sampler.indices(step), self.pictures)
         askable = self.rewards if self.replica.is_leader else None
         return CaptionsInFlight(step, prompts, Judging(askable, prompts, self.length, patience(self.config.rewards)))
+
+    def prepare_pictures(self, sampled: Sequence[CaptionsInFlight]) -> None:
+        """Have pictures prepared while devices work: those that this rank will train on, of captions just sampled, and
+        those that its engine is asked about next. A collective.
+
+        The latter are asked for at the beginning of a step, the former in the midst of one.
+        """
+        for captions in sampled:
+            image_tokens, algorithm = self.batches.processor.image_tokens, self.config.algorithm
+            groups = self.replica.gather(
+                [
+                    PromptLengths(lengths(group, algorithm), image_tokens(group.prompt_token_ids))
+                    for group in captions.mine
+                ]
+            )
+            due = (captions.step, 1)
+            self.batches.prepare(captions.prompts, groups, self.config.optimizer.updates_per_step, due)
+        following = 1 + max([*self.in_flight, *(captions.step for captions in sampled)])
+        if following < self.config.steps and following not in self.upcoming:
+            self.upcoming[following] = self.captions_of(following)
+            due = (following - self.config.rollout.ahead, 0)
+            self.upcoming[following].prompts.prepare_requests(self.replica, self.engine.render, due)
 
     def off_policy(self, number: int) -> OffPolicy | None:
         """How far the captions of step `number` are from the policy that they will train; None if not sampled ahead.
@@ -178,7 +206,7 @@ class Trainer:
                 self.engine,
                 self.replica,
                 self.rewards,
-                Prompts(dataset, range(len(dataset))),
+                Prompts(dataset, range(len(dataset)), self.pictures),
                 self.length,
                 patience(self.config.rewards),
                 self.config.rewards.max_missing_fraction,

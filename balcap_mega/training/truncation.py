@@ -7,6 +7,7 @@ import torch
 
 from balcap_mega.algorithm.batch import Advantages
 from balcap_mega.config.schema import AlgorithmConfig
+from balcap_mega.packing.assign import GroupLengths
 from balcap_mega.rollout.rollouts import RolloutGroup
 
 
@@ -23,6 +24,20 @@ class TrainedOn:
     numbers: Sequence[int]
 
 
+def _chosen(group: RolloutGroup, config: AlgorithmConfig) -> list[int]:
+    """The numbers of the group's captions that the loss is of: under `mask` the finished ones, or else the first."""
+    everything = range(len(group.rollouts))
+    if config.truncated == "score":
+        return list(everything)
+    return [number for number in everything if group.rollouts[number].finished] or [0]
+
+
+def lengths(group: RolloutGroup, config: AlgorithmConfig) -> GroupLengths:
+    """What its row will be assigned by."""
+    captions = (group.rollouts[number].token_ids for number in _chosen(group, config))
+    return GroupLengths(len(group.prompt_token_ids), tuple(map(len, captions)))
+
+
 def without_truncated(groups: Sequence[RolloutGroup], advantages: Advantages, config: AlgorithmConfig) -> TrainedOn:
     """What the loss is of: all captions, or under `mask` the finished ones.
 
@@ -34,10 +49,9 @@ def without_truncated(groups: Sequence[RolloutGroup], advantages: Advantages, co
     kept, numbers, nothing = [], [], []
     first = 0
     for group in groups:
-        finished = [number for number, rollout in enumerate(group.rollouts) if rollout.finished]
-        if not finished:
+        chosen = _chosen(group, config)
+        if not group.rollouts[chosen[0]].finished:
             nothing.append(len(numbers))
-        chosen = finished or [0]
         kept.append(replace(group, rollouts=tuple(group.rollouts[number] for number in chosen)))
         numbers += [first + number for number in chosen]
         first += len(group.rollouts)

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from balcap_mega.data.records import CaptionRecord
-from balcap_mega.rollout.engine import RolloutEngine, RolloutRequest
+from balcap_mega.rollout.engine import RolloutEngine
+from balcap_mega.rollout.requests import RolloutRequest
 from balcap_mega.rollout.rollouts import RolloutGroup
 
 SIZES = [(112, 140), (84, 84), (140, 112), (56, 168), (112, 112), (84, 112)]

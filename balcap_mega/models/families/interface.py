@@ -94,6 +94,10 @@ class Family(ABC):
         """What the Hugging Face processor made of a batch of prompts with one image each, image by image."""
 
     @abstractmethod
+    def image_grid(self, image_processor: Any, size: tuple[int, int]) -> Tensor | None:
+        """`VisionInputs.image_grid_thw` of a picture of `size` (width, height), without its pixels."""
+
+    @abstractmethod
     def position_ids(self, config: PretrainedConfig, token_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         """[3, S] int64 rotary positions of [S] tokens that hold the images of `image_grid_thw` ([n, 3], or None)."""
 

@@ -146,6 +146,9 @@ class Llava(Family):
     def images(self, inputs: Mapping[str, Any]) -> list[VisionInputs]:
         return [VisionInputs(pixels[None]) for pixels in inputs["pixel_values"]]
 
+    def image_grid(self, image_processor: Any, size: tuple[int, int]) -> Tensor | None:
+        return None
+
     def position_ids(self, config: PretrainedConfig, token_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         return torch.arange(len(token_ids)).repeat(3, 1)
 

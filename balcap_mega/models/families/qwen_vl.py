@@ -61,6 +61,19 @@ class QwenVL(Family):
         patches = inputs["pixel_values"].split(grids.prod(dim=1).tolist())
         return [VisionInputs(*image) for image in zip(patches, grids.split(1), strict=True)]
 
+    def image_grid(self, image_processor: Any, size: tuple[int, int]) -> Tensor | None:
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # with torchvision, 2 s
+
+        patch, limits = image_processor.patch_size, image_processor.size
+        height, width = smart_resize(
+            size[1],
+            size[0],
+            patch * image_processor.merge_size,
+            min_pixels=limits["shortest_edge"],
+            max_pixels=limits["longest_edge"],
+        )
+        return torch.tensor([[1, height // patch, width // patch]])
+
     def position_ids(self, config: PretrainedConfig, token_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         if image_grid_thw is None:
             return torch.arange(len(token_ids)).repeat(3, 1)

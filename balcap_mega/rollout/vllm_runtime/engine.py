@@ -1,6 +1,12 @@
-"""vLLM's engine in the trainer's process: how it is built and ended, and how it comes to report tempered logprobs."""
+"""vLLM's engine in the trainer's process: how it is built and ended, how prompts are made for it in advance, and how it
+comes to report tempered logprobs.
+"""
+
+from typing import Any
 
 import torch
+
+from balcap_mega.rollout.requests import RenderedPrompt
 
 
 def register_weight_transfer(name: str, module: str, engine_class: str) -> None:
@@ -29,6 +35,24 @@ def build_engine(arguments):
 def end_engine(engine) -> None:
     """vLLM's own end, for which `build_engine` left it no occasion. It takes torch.distributed with it."""
     engine.engine_core.engine_core.shutdown()
+
+
+def render_prompt(engine, prompt: dict[str, Any]) -> RenderedPrompt:
+    """What `engine.add_request` makes of a prompt first, and takes in its place too.
+
+    Not for two threads at a time: each call sets up the tokenizer.
+    """
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+    [rendered] = engine.renderer.render_cmpl([parse_model_prompt(engine.model_config, prompt)])
+    items = [item for items in rendered["mm_kwargs"].values() for item in items]
+    nbytes = sum(value.nbytes for item in items for value in item.get_data().values())
+    return RenderedPrompt(rendered, len(rendered["prompt_token_ids"]), nbytes)
+
+
+def tokens_of_a_step(engine) -> int:
+    """How many tokens the engine computes in one step, at most."""
+    return engine.vllm_config.scheduler_config.max_num_batched_tokens
 
 
 def scale_logits(engine, scale: float) -> None:
