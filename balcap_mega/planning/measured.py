@@ -19,7 +19,8 @@ ASSUMPTIONS = (
     "shares of the hardware's rates depend on width, depth and tensor-parallel size only by the GEMMs' own traffic",
     "collectives reach the assumed share of NVLink and of one 400 Gb/s adapter a GPU, on an otherwise idle network",
     "captions are exponentially long, and in every engine one runs to rollout.max_tokens",
-    "the judge is as fast as --judge-gpus make it, or as it was measured, and image decoding hides behind generation",
+    "the judge is as fast as --judge-gpus make it, or as it was measured",
+    "pictures have 2 megapixels, cost a core what benchmarks/images.py measured, and each rank has data.threads free",
     "memory of CUDA, NCCL and the engine's workspace is as assumed in planning/memory.py",
 )
 """The assumptions of an extrapolation to a cluster, for the reader."""

@@ -21,11 +21,13 @@ from balcap_mega.planning.layout import Layout
 from balcap_mega.planning.memory import Memory, Moment, engine_weight_bytes, predict_memory
 from balcap_mega.planning.optimizer import OptimizerBytes
 from balcap_mega.planning.parameters import ParameterCounts
+from balcap_mega.planning.pictures import PictureWork
 from balcap_mega.planning.update import Passes
 from balcap_mega.planning.workload import SCORED_AHEAD, Rows, Workload, pack_for
 
-PHASES = ("rollout", "swap", "rewards", "update", "refit")
+PHASES = ("rollout", "swap", "rewards", "pictures", "update", "refit")
 """Of a step, as the trainer times them. "update" has the vision tower and all passes for logprobs, "scoring" with them.
+"pictures" is the wait for them, which is part of the trainer's "rollout" and "packing".
 """
 
 
@@ -34,6 +36,7 @@ class Plan:
     """One layout, predicted.
 
     seconds:                    by phase (`PHASES`)
+    pictures:                   what they cost a rank's host
     update_seconds:             the update phase by part: vision, logprobs, train, optimizer
     tokens_per_second_per_gpu:  prompt and response tokens, each response with its prompt, over the whole step
     judge_has:                  seconds in which the judge holds nobody up: those of the rollout, or with
@@ -46,6 +49,7 @@ class Plan:
     rows: Rows
     memory: Memory
     seconds: Mapping[str, float]
+    pictures: PictureWork
     update_seconds: Mapping[str, float]
     tokens_per_second_per_gpu: float
     judge_has: float
@@ -125,6 +129,9 @@ class Planner:
             self._check_memory(memory)
         update = self._once(lambda: self._update(config, rows), config.parallel, config.model, config.packing)
         seconds = self._seconds(config, memory, rows, sum(update.values()))
+        engines = world // config.rollout.tensor_parallel
+        pictures = PictureWork.of(config, self.architecture, self.workload, rows, engines)
+        seconds["pictures"] = pictures.left(seconds, config.rollout.ahead)
         step, data_size = sum(seconds.values()), rows.data_size
         flops = self._once(self._update_flops, "flops")
         peak = self.cluster.gpu.peak.of("bfloat16" if config.model.fp8 == "none" else "fp8")
@@ -134,6 +141,7 @@ class Planner:
             rows=rows,
             memory=memory,
             seconds=seconds,
+            pictures=pictures,
             update_seconds=update,
             tokens_per_second_per_gpu=self.workload.tokens / step / world,
             judge_has=self._judge_has(config, seconds),

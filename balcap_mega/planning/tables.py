@@ -118,6 +118,11 @@ def print_plan(console: Console, planner: Planner, plan: Plan) -> None:
         f"  update: {parts}\n  {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU over the step, MFU of the update "
         f"{plan.update_mfu:.1%}\n  host memory of a rank, GiB: "
         + ", ".join(f"{part} {_gib(size)}" for part, size in plan.memory.host.items())
+        + f", pictures {_gib(plan.pictures.held)}"
+    )
+    console.print(
+        f"  pictures of a rank: {plan.pictures.requests:.0f} for the engine and {plan.pictures.encoded:.0f} for the "
+        f"learner take one core {plan.pictures.seconds:.1f} s, of which a step waits for {plan.seconds['pictures']:.2f}"
     )
 
 

@@ -52,8 +52,9 @@ class DataConfig(Section):
     threads: Annotated[int, Field(ge=0, le=256), MAY_CHANGE] = 4
     """Threads of each rank that read, decode and process the next pictures while devices work; 0: each picture when it
     is asked for."""
-    ahead_gib: Annotated[NonNegative, MAY_CHANGE] = 4.0
-    """Bound on the host memory of a rank's pictures that wait to be used, each thread's own besides."""
+    ahead_gib: Annotated[NonNegative, MAY_CHANGE] = 8.0
+    """Bound on a rank's host memory for pictures: half for those that wait to be used, half for decoded ones that may
+    be asked for again."""
     pad_to_square: bool = False
     """Lay pictures on a square of mean colour, as LLaVA's own training did. Its published processor crops a quarter off
     every 4:3 picture, which judge and reference cover. Whoever serves the trained policy should pad as well."""
