@@ -66,7 +66,9 @@ def steps(trainer: Trainer, ahead: int, seconds: float, count: int, first: int) 
     """The metrics of `count` steps in a row once they have settled: the first one has more to sample, the last less."""
     rollout = trainer.config.rollout.model_copy(update={"ahead": ahead})
     trainer.config = trainer.config.model_copy(update={"rollout": rollout, "steps": first + count + 2})
-    trainer.rewards.judge.seconds = seconds
+    judge = trainer.rewards.judge
+    assert isinstance(judge, RatedJudge)
+    judge.seconds = seconds
     return [trainer.step(number) for number in range(first, first + count + 2)][1:-1]
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,11 +125,12 @@ def head_run(case: Case) -> Callable[[], object]:
         with torch.set_grad_enabled(not forward_only):
             result = forward(hidden)
         if not forward_only:
+            assert isinstance(result, Tensor)
             result.backward()
             hidden.grad = weight.grad = None
 
     if case.candidate == "balcap" and not forward_only:  # as in training, where gradients accumulate in float32
-        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
+        vars(weight).update(main_grad=torch.zeros_like(weight, dtype=torch.float32), grad_added_to_main_grad=False)
     return run
 
 
@@ -166,7 +168,9 @@ def trl_head(weight: Tensor, tokens: TokenBatch, forward_only: bool) -> Callable
 
 
 def liger_head(weight: Tensor, tokens: TokenBatch, forward_only: bool) -> Callable[[Tensor], object]:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports] (optional)
+        liger_fused_linear_cross_entropy,
+    )
 
     return lambda hidden: liger_fused_linear_cross_entropy(
         hidden, weight, tokens.targets, reduction="sum", accum_dtype=torch.float32
@@ -174,7 +178,9 @@ def liger_head(weight: Tensor, tokens: TokenBatch, forward_only: bool) -> Callab
 
 
 def liger_grpo_head(weight: Tensor, tokens: TokenBatch, forward_only: bool) -> Callable[[Tensor], object]:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    from liger_kernel.chunked_loss import (  # pyright: ignore[reportMissingImports] (optional)
+        LigerFusedLinearGRPOLoss,
+    )
 
     sequences = int(tokens.sequence_ids.max()) + 1
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28)
@@ -233,7 +239,7 @@ def rewards_run(case: Case) -> Callable[[], object]:
 def references_only() -> None:
     """This process compares against the plain PyTorch references: no dispatch to Triton."""
     for module in (advantages, logits, policy_loss):
-        module.use_kernels = lambda tensor: False
+        vars(module)["use_kernels"] = lambda tensor: False
 
 
 def gemms(hidden: Tensor, weight: Tensor, count: int) -> Callable[[], object]:
@@ -268,7 +274,8 @@ def measure(case: Case) -> dict:
         before = torch.cuda.memory_allocated()
         run()
         peak = torch.cuda.max_memory_allocated() - before
-        return {"seconds": do_bench(run, warmup=200, rep=1000, return_mode="median") / 1e3, "peak_bytes": peak}
+        milliseconds: Any = do_bench(run, warmup=200, rep=1000, return_mode="median")
+        return {"seconds": milliseconds / 1e3, "peak_bytes": peak}
     if case.candidate == "torch.compile" or case.op == "reward_to_loss":
         run()  # compilation is not what is timed
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far

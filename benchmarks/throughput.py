@@ -138,7 +138,7 @@ def prepare(folder: Path, config: RunConfig, arguments: argparse.Namespace, plat
 def count_flops(trainer: Trainer, size: dict[str, float]) -> dict[str, float]:
     """FLOPs of a step over all ranks."""
     architecture = trainer.learner.architecture
-    group = group_work(size["prompt_tokens"], [size["caption_tokens"]] * size["group_size"])
+    group = group_work(size["prompt_tokens"], [size["caption_tokens"]] * int(size["group_size"]))
     vision = vision_forward(architecture, size["image_tokens"])
     flops = {
         "update": update_flops(architecture, group, vision),

@@ -110,4 +110,4 @@ def logits_to_gradient_(
 
 
 def _block(logits: Tensor, largest: int) -> int:
-    return min(largest, triton.next_power_of_2(max(logits.stride(0), 1)))
+    return int(min(largest, triton.next_power_of_2(max(logits.stride(0), 1))))

@@ -197,14 +197,17 @@ def run_bcapscore(evaluation: Evaluation) -> int:
 def run_dcscore(evaluation: Evaluation) -> int:
     options = evaluation.options
     annotations = dcscore.read_annotations(options.annotations)
-    rows = []
+    rows: list[dcscore.Captioned] = []
+    references = {}
+    if options.model is not None:
+        references = dcscore.oracle_captions(annotations)
     if options.captions.exists() or options.model is None:
         rows = dcscore.read_captions(options.captions)
         dcscore.check_captions(rows, annotations)
 
     def save(captions: dict[str, str]) -> None:
         rows[:] = [
-            {"image_path": name, "caption": caption, "oracle_caption": annotations[name].get("oracle_caption")}
+            {"image_path": name, "caption": caption, "oracle_caption": references[name]}
             for name, caption in captions.items()
         ]
         write_json_lines(options.captions, rows)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import skimage
 
-from balcap_mega.evaluation import caparena, captionqa_questions, dcscore_scoring
+from balcap_mega.errors import UserError
+from balcap_mega.evaluation import caparena, captionqa_questions, dcscore, dcscore_scoring
 from balcap_mega.evaluation.session import fill
 from tests.support.judge_server import Fault, JudgeServer, RuleJudge
 
@@ -147,6 +148,17 @@ def test_dcscore_names_rows_that_cannot_be_scored(monkeypatch, dcscore_files, ca
     with JudgeServer() as server:
         assert evaluate(monkeypatch, "dcscore", server, *options) == 2
     assert "row 0" in capsys.readouterr().err and not server.requests
+
+
+def test_dcscore_refuses_annotations_whose_captions_could_not_be_written():
+    """Before a checkpoint captions anything: `check_captions` would refuse what it writes."""
+    rows = {row["image_name"]: dict(row) for row in fixture("dcscore")["annotations"]}
+    for row in rows.values():
+        row["oracle_caption"] = f"Of {row['image_name']}."
+    assert dcscore.oracle_captions(rows) == {name: f"Of {name}." for name in rows}
+    del rows[max(rows)]["oracle_caption"]
+    with pytest.raises(UserError, match=re.escape(f"no oracle_caption of {max(rows)!r}")):
+        dcscore.oracle_captions(rows)
 
 
 # CaptionQA

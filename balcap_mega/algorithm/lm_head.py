@@ -130,7 +130,7 @@ class _Gradients:
         if not self.in_main_grad:
             return self.weight.to(self.head.weight.dtype)
         weight = self.head.weight
-        weight.grad_added_to_main_grad = True
+        weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue] (for Megatron's hook)
         # Megatron's hook adds this to main_grad only for an embedding tied to the head, which asks for zeros.
         placeholder = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
         return placeholder(weight)

@@ -105,6 +105,8 @@ def policy_loss(
         kl_reference = difference.exp() - difference - 1
         loss = loss + config.kl_weight * kl_reference
     if config.entropy_weight > 0:
+        if entropy is None:
+            raise ValueError("entropy_weight above 0 needs the entropy")
         loss = loss - config.entropy_weight * entropy
     if config.aggregation == "sequence_mean":
         loss = loss / tokens.sequence_lengths
@@ -239,7 +241,9 @@ def _band(config: AlgorithmConfig) -> tuple[float, float]:
     return config.importance_token_band if config.importance == "token_band" else config.importance_sequence_band
 
 
-def _kernel_inputs(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor | None, ...]:
+def _kernel_inputs(
+    logprobs: Tensor, tokens: TokenBatch
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     return (
         old_or_current(logprobs, tokens), tokens.rollout_logprobs, tokens.reference_logprobs, tokens.advantages,
         tokens.sequence_ids, tokens.token_index, tokens.sequence_lengths,

@@ -11,6 +11,8 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from balcap_mega.config.schema import RunConfig, Section
 from balcap_mega.errors import UserError
@@ -33,10 +35,10 @@ class _Loader(yaml.SafeLoader):
     control characters.
     """
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.tag is not None:
-            raise yaml.composer.ComposerError(None, None, "aliases and tags are not read here", event.start_mark)
+            raise ComposerError(None, None, "aliases and tags are not read here", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -44,21 +46,21 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, OverflowError):  # 0x_, or more digits than Python reads
             problem = f"{node.value[:40]!r} is no number"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+            raise ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_scalar(self, node: yaml.Node) -> str:
         value = super().construct_scalar(node)
         if CONTROL_CHARACTERS.search(value):
-            raise yaml.constructor.ConstructorError(None, None, "a value holds control characters", node.start_mark)
+            raise ConstructorError(None, None, "a value holds control characters", node.start_mark)
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no plain word", key.start_mark)
+                raise ConstructorError(None, None, "a key is no plain word", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                raise ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -194,7 +196,6 @@ def _where(error: yaml.YAMLError | UnicodeDecodeError | RecursionError) -> str:
     """`line 3: what is wrong`, on one line."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return " ".join(str(error).split())
-    return f"line {mark.line + 1}: {error.problem}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split())

@@ -92,7 +92,7 @@ class DaliDecoder:
             return fn.decoders.image(
                 files,
                 device="cpu",
-                output_type=types.RGB,
+                output_type=types.RGB,  # pyright: ignore[reportAttributeAccessIssue] (DALI adds it on import)
                 jpeg_fancy_upsampling=True,
                 adjust_orientation=False,
             )

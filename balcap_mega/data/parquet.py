@@ -124,7 +124,8 @@ class ParquetFiles:
         prompt = prompt.replace(IMAGE_TOKEN, "").strip() or DEFAULT_PROMPT
         named = str(values[columns.id])[:200] if columns.id is not None else identity
         questions = self._questions(where, named, values.get(columns.questions))
-        return ImageRow(named, image, prompt, reference.strip(), None if units is None else tuple(units), questions)
+        reference = str(reference).strip()
+        return ImageRow(named, image, prompt, reference, None if units is None else tuple(units), questions)
 
     def _questions(self, where: str, record: str, entries: Any) -> tuple[ChoiceQuestion, ...] | None:
         try:

@@ -44,11 +44,12 @@ class Entry(TypedDict):
 
 def read_references(path: Path) -> list[ImageRow]:
     """The rows of a file of references. Raises UserError for one that cannot be used: no reference goes missing."""
-    rows = read_jsonl(path)
-    for row in rows:
+    rows = []
+    for row in read_jsonl(path):
         if isinstance(row, LeftOut):
             raise UserError(str(row), remedy="mend that line, or take it out")
         refuse_outside(row.image, str(path))
+        rows.append(row)
     return rows
 
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NotRequired
+from typing import Literal, NotRequired, get_args
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
@@ -34,8 +34,9 @@ from balcap_mega.rewards.mllm.failures import Unusable
 from balcap_mega.rewards.mllm.questions import image_data_url
 from balcap_mega.rewards.mllm.replies import Completion, usable_text
 
-BASELINES = ("GPT-4o-0806", "CogVLM2-llama3-chat-19B", "MiniCPM-V2.6-8B")
-SHORT_NAMES = dict(zip(("gpt", "cog", "cpm"), BASELINES))
+Baseline = Literal["GPT-4o-0806", "CogVLM2-llama3-chat-19B", "MiniCPM-V2.6-8B"]
+BASELINES: tuple[str, ...] = get_args(Baseline)
+SHORT_NAMES: dict[str, str] = dict(zip(("gpt", "cog", "cpm"), BASELINES))
 FIRST, SECOND, TIE = "Caption 1 is better", "Caption 2 is better", "Tie"
 SAVE_EVERY = 20  # battles
 PROMPTS = {"caparena": (), "caparena_request": ("caption_1", "caption_2", "reference|caption_ref")}
@@ -60,7 +61,7 @@ class Battle(TypedDict):
     caption1: str
     caption2: str
     ref: str
-    ref_model: Literal[BASELINES]
+    ref_model: Baseline
     judge: NotRequired[str]
 
 

@@ -93,7 +93,8 @@ def plan(rows: Sequence[Row], captions: dict[str, str], seed: int = 0, mend: boo
     shuffler = random.Random(seed)
     questions = []
     for row in rows:
-        if row.get("id") is None or (not mend and str(row["id"]) not in captions):
+        image = str(row.get("id"))
+        if row.get("id") is None or (not mend and image not in captions):
             continue
         for asked in _questions_of(row):
             choices = tuple(asked.get("choices") or ())
@@ -106,7 +107,7 @@ def plan(rows: Sequence[Row], captions: dict[str, str], seed: int = 0, mend: boo
                 options += (CANNOT_ANSWER,)
             if len(options) > len(LETTERS):
                 raise UserError(
-                    f"--questions: {text!r} about {row['id']!r} has {len(options)} options, and {len(LETTERS)} letters "
+                    f"--questions: {text!r} about {image!r} has {len(options)} options, and {len(LETTERS)} letters "
                     "are all there are",
                     remedy="take that question out of the file",
                 )
@@ -114,8 +115,8 @@ def plan(rows: Sequence[Row], captions: dict[str, str], seed: int = 0, mend: boo
             shuffler.shuffle(order)
             questions.append(
                 Question(
-                    str(row["id"]), text, choices, asked["answer"], correct, _first(asked.get("category")),
-                    str(row.get("domain") or str(row["id"]).split("_")[0]), options, tuple(order),
+                    image, text, choices, asked.get("answer"), correct, _first(asked.get("category")),
+                    str(row.get("domain") or image.split("_")[0]), options, tuple(order),
                 )
             )  # fmt: skip
     return questions

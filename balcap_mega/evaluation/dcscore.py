@@ -95,7 +95,7 @@ def read_captions(path: str | Path) -> list[Captioned]:
     return read_json_lines(path, "DeCapBench's captions", Captioned)
 
 
-def check_captions(rows: Sequence[dict], annotations: Mapping[str, Annotation]) -> None:
+def check_captions(rows: Sequence[Captioned], annotations: Mapping[str, Annotation]) -> None:
     """Raise UserError for a row that cannot be scored."""
     for number, row in enumerate(rows):
         absent = [key for key in ("image_path", "caption", "oracle_caption") if not isinstance(row.get(key), str)]
@@ -117,6 +117,17 @@ def read_annotations(path: str | Path) -> dict[str, Annotation]:
     return {row["image_name"]: row for row in rows}
 
 
+def oracle_captions(annotations: Mapping[str, Annotation]) -> dict[str, str]:
+    """By image. Raises UserError for one without: a row of the captions file has it, so none could be written."""
+    found = {name: row["oracle_caption"] for name, row in annotations.items() if "oracle_caption" in row}
+    if lacking := sorted(annotations.keys() - found.keys()):
+        raise UserError(
+            f"the annotations have no oracle_caption of {lacking[0]!r}, which the captions file needs",
+            remedy="use annotations with oracle_caption, or write the captions file and leave out --model",
+        )
+    return found
+
+
 def as_block(entries: Sequence[dict]) -> str:
     """Facts as the prompts show them: one a line, in the original's own kind of block."""
     return "```json[\n" + "".join(f"  {json.dumps(entry, ensure_ascii=False)},\n" for entry in entries) + "]\n```"
@@ -126,8 +137,8 @@ def as_block(entries: Sequence[dict]) -> str:
 class DcScoreRun:
     """Captions to score, and where to. `captions` and `annotations` are rows of the original's files."""
 
-    captions: Sequence[dict]
-    annotations: dict[str, dict]
+    captions: Sequence[Captioned]
+    annotations: Mapping[str, Annotation]
     pictures: Pictures
     output: Path
     mend: bool = False
@@ -154,7 +165,7 @@ class DcScoreRun:
         row, path = self.captions[number], self.output / f"{number}.json"
         if row["image_path"] in self.pictures.unusable:
             return self.pictures.unusable[row["image_path"]]
-        earlier = read_json(path, "an earlier result", Result) if path.exists() else {"valid": False}
+        earlier: Result = read_json(path, "an earlier result", Result) if path.exists() else {"valid": False}
         if earlier["valid"]:
             return None
         replies = earlier.get("eval_details", {}).get("replies", {})

@@ -35,7 +35,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue] (Megatron reads it)
 
 
 class DeepstackLayer(TransformerLayer):
@@ -45,7 +45,7 @@ class DeepstackLayer(TransformerLayer):
     """
 
     def forward(self, *arguments, context: Tensor | None = None, **options) -> tuple[Tensor, Tensor | None]:
-        hidden, _ = super().forward(*arguments, **options)
+        hidden: Tensor = super().forward(*arguments, **options)[0]
         if context is None:
             return hidden, None
         return hidden + context[0], context[1:] if len(context) > 1 else None
@@ -75,7 +75,8 @@ def transformer_engine_version() -> Version | None:
 def _transformer_engine_layer(decoder: Decoder, attention: str) -> tuple[ModuleSpec, type]:
     """Norms are fused into the linear that follows them; FP8 is switched on by the config around each layer."""
     try:
-        import transformer_engine.pytorch  # noqa: F401 (where it does not load, Megatron would go on with a mock of it)
+        # Where it does not load, Megatron would go on with a mock of it.
+        import transformer_engine.pytorch  # noqa: F401 # pyright: ignore[reportMissingImports] (on GPU hosts)
     except (ImportError, OSError) as error:
         raise UserError(
             f"Transformer Engine is installed, but does not load: {error}", remedy="bash launch/install.sh --cuda"

@@ -102,7 +102,7 @@ class LanguageModel(GPTModel):
         """This rank's [padded_vocab / TP, H] slice of the LM head; the embedding's own where they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        return self.output_layer.weight  # pyright: ignore[reportReturnType] (the last stage has one)
 
 
 class VisionLanguagePolicy(MegatronModule):

@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -13,8 +12,10 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from balcap_mega.config.schema import OptimizerConfig, ParallelConfig
+from balcap_mega.parallel.groups import tensor_group
 from balcap_mega.parallel.master_weights import PrecisionAwareOptimizer
 from balcap_mega.parallel.platform import calls_megatron
 
@@ -25,7 +26,7 @@ PARTIAL_OVER_TENSOR_PARALLEL = "partial_over_tensor_parallel"
 def finalize_gradients(model, num_tokens=None, **kwargs) -> None:
     """Megatron's `finalize_model_grads`, then a sum over TP of the gradients marked as partial there."""
     finalize_model_grads(model, num_tokens, **kwargs)
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_group()
     if group.size() == 1:
         return
     partial = [
@@ -35,9 +36,9 @@ def finalize_gradients(model, num_tokens=None, **kwargs) -> None:
         if parameter.requires_grad and getattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, False)
     ]
     if partial:
-        flat = torch._utils._flatten_dense_tensors(partial)
+        flat = _flatten_dense_tensors(partial)
         torch.distributed.all_reduce(flat, group=group)
-        for gradient, summed in zip(partial, torch._utils._unflatten_dense_tensors(flat, partial), strict=True):
+        for gradient, summed in zip(partial, _unflatten_dense_tensors(flat, partial), strict=True):
             gradient.copy_(summed)
 
 

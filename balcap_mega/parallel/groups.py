@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import ProcessGroup
 
 from balcap_mega.config.preflight import data_parallel_size
 from balcap_mega.config.schema import ParallelConfig
@@ -72,6 +73,13 @@ def _initialize_megatron(config: ParallelConfig, seed: int, timeout_seconds: flo
         distributed_timeout_minutes=timeout_seconds / 60,
     )
     model_parallel_cuda_manual_seed(seed)
+
+
+def tensor_group() -> ProcessGroup:
+    """This rank's tensor-parallel group, which Megatron's annotations leave open."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    assert isinstance(group, ProcessGroup)
+    return group
 
 
 def process_grid() -> ProcessGrid:

@@ -52,13 +52,14 @@ class AskedReward:
 
     def check(self) -> None:
         """Raises UserError where the reward's own check fails, or does not end."""
-        if not callable(getattr(self.reward, "check", None)):
+        check = getattr(self.reward, "check", None)
+        if not callable(check):
             return
         outcome: SimpleQueue[str | None] = SimpleQueue()
 
         def ask() -> None:
             try:
-                self.reward.check()
+                check()
                 outcome.put(None)
             except BaseException as error:  # this thread has nobody else to tell
                 outcome.put(f"its check failed: {in_one_line(error)}")
@@ -75,8 +76,9 @@ class AskedReward:
         for _ in range(self.config.concurrency):
             self._calls.put(None)
         self._limits.put(None)
-        if callable(getattr(self.reward, "close", None)):
-            self.reward.close()
+        close = getattr(self.reward, "close", None)
+        if callable(close):
+            close()
 
     def _start(self, target: Callable[[], None]) -> None:
         threading.Thread(target=target, name=f"reward {self.name}", daemon=True).start()

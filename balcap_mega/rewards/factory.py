@@ -1,5 +1,7 @@
 """The judge that a run's configuration names, and the rewards of its components."""
 
+from typing import Any
+
 from balcap_mega.config.schema import RewardConfig
 from balcap_mega.rewards.asked import AskedReward
 from balcap_mega.rewards.components import Rewards
@@ -54,7 +56,8 @@ def build_judge(config: RewardConfig, sharers: int = 1) -> Judge:
         from balcap_mega.rewards.scenes import SceneJudge
 
         answers = "utility" in config.judged
-        return SceneJudge(config.pointability, answers=answers, lenient=config.reading == "lenient")
+        judge: Any = SceneJudge(config.pointability, answers=answers, lenient=config.reading == "lenient")
+        return judge  # which judges records of scenes alone
     from balcap_mega.rewards.mllm.judge import MllmJudge
 
     judge = MllmJudge(config, sharers=sharers)

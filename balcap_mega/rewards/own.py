@@ -116,7 +116,7 @@ def _options(name: str, kind: type, options: dict[str, Any]) -> dict[str, Any]:
     """The options as the constructor's annotations want them."""
     parameters = list(inspect.signature(kind).parameters.values())
     hints = get_type_hints(kind.__init__) if "__init__" in vars(kind) else {}
-    fields = {
+    fields: dict[str, Any] = {
         each.name: (hints.get(each.name, Any), ... if each.default is each.empty else each.default)
         for each in parameters
         if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)

@@ -1,4 +1,4 @@
-"""vLLM in the trainer's processes: captions of a step's prompts, with the logprobs the trainer is held against."""
+"""vLLM in the trainer's processes: samples captions of a step's prompts, with their logprobs."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator

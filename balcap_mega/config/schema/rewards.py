@@ -8,9 +8,10 @@ from pydantic import field_validator, model_validator
 from balcap_mega.config.schema.base import MAY_CHANGE, Fraction, Positive, Section
 from balcap_mega.config.schema.endpoint import JudgeEndpoint
 
+JudgedReward = Literal["precision", "recall", "linguistic", "utility"]
 JUDGED = ("precision", "recall", "linguistic")  # BalCapRL's components; b-CapScore is of these three
 JudgeQuestion = Literal["split", "verify", "units", "cover", "language", "answer"]
-QUESTIONS_OF = {  # what a judge gives, and what it is asked for that
+QUESTIONS_OF: dict[JudgedReward, tuple[JudgeQuestion, ...]] = {  # what a judge gives, and what it is asked for that
     "precision": ("split", "verify"),
     "recall": ("units", "cover"),
     "linguistic": ("language",),
@@ -74,9 +75,7 @@ class RewardConfig(Section):
     statement covers a unit, one that is guessed or contradicted too."""
     endpoint: Annotated[JudgeEndpoint | None, MAY_CHANGE] = None
     """The multimodal judge."""
-    component_endpoints: Annotated[
-        dict[Literal["precision", "recall", "linguistic", "utility"], JudgeEndpoint], MAY_CHANGE
-    ] = {}
+    component_endpoints: Annotated[dict[JudgedReward, JudgeEndpoint], MAY_CHANGE] = {}
     """Another endpoint for some rewards, by reward."""
     question_endpoints: Annotated[dict[JudgeQuestion, JudgeEndpoint], MAY_CHANGE] = {}
     """Another endpoint for some questions, by question."""
@@ -85,12 +84,12 @@ class RewardConfig(Section):
     max_missing_fraction: Annotated[Fraction, MAY_CHANGE] = 0.2
     """Stop a step before its update when a larger share of rewards is missing."""
 
-    def endpoints(self) -> dict[str, JudgeEndpoint]:
+    def endpoints(self) -> dict[JudgeQuestion, JudgeEndpoint]:
         """Whom each question that is asked goes to, by the question's name; empty where no LLM judges."""
-        if self.endpoint is None:
+        if (default := self.endpoint) is None:
             return {}
         return {
-            question: self.question_endpoints.get(question, self.component_endpoints.get(component, self.endpoint))
+            question: self.question_endpoints.get(question, self.component_endpoints.get(component, default))
             for component in self.judged
             for question in QUESTIONS_OF[component]
         }
@@ -124,13 +123,13 @@ class RewardConfig(Section):
         return components
 
     @property
-    def judged(self) -> tuple[str, ...]:
+    def judged(self) -> tuple[JudgedReward, ...]:
         """What the judge is asked for, of precision, recall, linguistic and utility."""
         named = {component.source for component in self.components.values()}
         return tuple(source for source in QUESTIONS_OF if source in named)
 
     @property
-    def questions(self) -> tuple[str, ...]:
+    def questions(self) -> tuple[JudgeQuestion, ...]:
         """Those that a multimodal judge is asked for it."""
         return tuple(question for source in self.judged for question in QUESTIONS_OF[source])
 

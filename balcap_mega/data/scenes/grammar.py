@@ -11,8 +11,8 @@ def reference_caption(scene: Scene) -> str:
 
     A place comes before what is there: a small policy that has named a place knows where to look.
     """
-    subject, relation, other = _main_relation(scene)
-    first, last = scene.objects[subject], scene.objects[other]
+    relation = _main_relation(scene).attribute
+    first, last = scene.objects[0], scene.objects[-1]
     return " ".join(
         [
             f"The image shows {NUMBERS[len(scene.objects)]} objects on a {scene.background} background.",
@@ -34,9 +34,10 @@ def reference_units(scene: Scene) -> tuple[Fact, ...]:
 def unit_text(scene: Scene, fact: Fact) -> str:
     """A unit as a short sentence, for people and for judges that read."""
     if fact.attribute == "count":
-        return f"there are {NUMBERS[fact.value]} objects"
+        return f"there are {NUMBERS[int(fact.value)]} objects"
     if fact.attribute == "background":
         return f"the background is {fact.value}"
+    assert fact.subject is not None, "what else is said of a scene as a whole?"
     item = scene.objects[fact.subject]
     name = f"the {item.colour} {item.kind}"
     match fact.attribute:
@@ -51,7 +52,7 @@ def unit_text(scene: Scene, fact: Fact) -> str:
         case "size" | "texture":
             return f"{name} is {fact.value}"
         case relation:
-            other = scene.objects[fact.value]
+            other = scene.objects[int(fact.value)]
             return f"{name} is {relation} the {other.colour} {other.kind}"
 
 

@@ -116,4 +116,5 @@ def _pattern(side: int, texture: str, period: float) -> Image.Image:
 
 
 def _mix(colour: tuple[int, int, int], other: tuple[int, int, int], share: float) -> tuple[int, int, int]:
-    return tuple(round((1 - share) * a + share * b) for a, b in zip(colour, other))
+    red, green, blue = (round((1 - share) * a + share * b) for a, b in zip(colour, other))
+    return red, green, blue

@@ -62,7 +62,7 @@ class Scene:
         one = self.objects[fact.subject]
         if fact.attribute not in RELATIONS:
             return getattr(one, fact.attribute) == fact.value
-        other = self.objects[fact.value]
+        other = self.objects[int(fact.value)]
         match fact.attribute:
             case "left of":
                 return one.column < other.column

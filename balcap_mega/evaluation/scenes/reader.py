@@ -159,8 +159,8 @@ def _understand(account: Account, text: str, guess: bool) -> int:
     things = {id(mention): _take_in(account, mention, guess, id(mention) in related) for mention in mentions}
     for one, wording, other in relations:
         name, swapped = RELATIONS[wording]
-        pair = (things[id(one)], things[id(other)])
-        account.relate(name, *(reversed(pair) if swapped else pair), guess)
+        first, second = (other, one) if swapped else (one, other)
+        account.relate(name, things[id(first)], things[id(second)], guess)
     return named
 
 

@@ -39,7 +39,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPatte
     size, total = len(query), pattern.total
     kernel = _compiled() if query.is_cuda else flex_attention  # uncompiled it is dense: for checking, not for use
     output = kernel(
-        *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)),
+        query.transpose(0, 1).unsqueeze(0),
+        key.transpose(0, 1).unsqueeze(0),
+        value.transpose(0, 1).unsqueeze(0),
         block_mask=_block_mask(pattern, size, query.device),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],

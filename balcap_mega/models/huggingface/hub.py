@@ -10,8 +10,8 @@ from balcap_mega.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Nothing that could run: no code, no pickled weights. What lies in folders is another form of the same model.
-WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-NOT_WANTED = ("*/*",)
+WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+NOT_WANTED = ["*/*"]
 
 
 def is_on_hub(model: ModelConfig) -> bool:

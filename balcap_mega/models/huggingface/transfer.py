@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +27,7 @@ from balcap_mega.models.huggingface.table import Block
 from balcap_mega.models.huggingface.tensors import huggingface_shapes
 from balcap_mega.models.policy import VisionLanguagePolicy
 from balcap_mega.models.squares import let_processor_pad
-from balcap_mega.parallel.groups import process_grid
+from balcap_mega.parallel.groups import process_grid, tensor_group
 from balcap_mega.parallel.progress import progress
 
 SHARD_BYTES = 2 * 2**30
@@ -178,7 +177,7 @@ def _assemble(
     parameters: dict[str, Tensor],
 ) -> Tensor | None:
     """The whole tensor on the CPU of tensor-parallel rank `writer`; None on the others, which send their blocks."""
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_group()
     is_writer = group.rank() == writer
     rows, columns = shape[0], torch.Size(shape[1:]).numel()
     own = pieces[writer][name]

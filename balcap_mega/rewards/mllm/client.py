@@ -149,14 +149,15 @@ class ChatClient:
                         raise
             if cache is not None:
                 cache.put(_cache_key(url, content), completion.model_dump_json())
-            return accepted
+            return accepted  # pyright: ignore[reportReturnType] (the loop ends with it, or raises)
         except AttemptFailed as error:
             self.counters.failures[error.reason] += 1
             reasons, ids = [e.reason for e in failed], [e.request_id for e in failed]
             raise RequestFailed(reasons, ids, error.said) from error
 
     def _wait(self, state: RetryCallState) -> float:
-        hint = state.outcome.exception().retry_after
+        error = state.outcome.exception() if state.outcome is not None else None
+        hint = error.retry_after if isinstance(error, AttemptFailed) else 0.0
         return max(self._backoff(state), min(hint, LONGEST_WAIT_SECONDS))
 
     async def _post_somewhere(

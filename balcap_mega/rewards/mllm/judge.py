@@ -178,7 +178,8 @@ class MllmJudge:
         else:
             verdicts = ()
         return tuple(
-            Assertion(text, *place, verdict) for text, place, verdict in zip(texts, places, verdicts, strict=True)
+            Assertion(text, start, stop, verdict)
+            for text, (start, stop), verdict in zip(texts, places, verdicts, strict=True)
         )
 
     async def _image_url(self, record: CaptionRecord) -> str:
@@ -213,7 +214,8 @@ class MllmJudge:
         if not caption.strip():
             return 0.0, 0.0, 0.0
         grades = await self._ask(questions.language(caption), record, number)
-        return tuple(grade / questions.HIGHEST_GRADE for grade in (grades.clarity, grades.fluency, grades.coherency))
+        highest = questions.HIGHEST_GRADE
+        return grades.clarity / highest, grades.fluency / highest, grades.coherency / highest
 
     async def _answers(self, record: CaptionRecord, caption: str, number: int) -> tuple[float, ...]:
         """What each of the record's questions earns; all of them or, where one gets no usable reply, none."""

@@ -191,7 +191,8 @@ def _claims(choice: Choice, form: type[Split] | type[QuotedSplit], caption: str)
     found = found[:MOST_ASSERTIONS]
     if form is Split:
         return Claims(tuple(found), None, too_many)
-    return Claims(tuple(claim.text for claim in found), tuple(claim.quote for claim in found), too_many)
+    quoted = [claim for claim in found if isinstance(claim, QuotedAssertion)]
+    return Claims(tuple(claim.text for claim in quoted), tuple(claim.quote for claim in quoted), too_many)
 
 
 def _first_claims(choice: Choice, form: type[Split] | type[QuotedSplit]) -> list | None:

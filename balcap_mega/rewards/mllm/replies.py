@@ -12,7 +12,7 @@ off_schema  JSON of another shape, or with values out of range
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from balcap_mega.rewards.mllm.failures import Unusable
 
@@ -38,7 +38,7 @@ def _text_of_parts(content: Any) -> Any:
 
 WHOLE = BeforeValidator(_whole)
 """For an integer that a judge may have written with a point: 10.0 is 10, 7.5 is none."""
-Tokens = Annotated[int | None, Field(ge=0, lt=2**40), AfterValidator(lambda count: count or 0)]
+Tokens = Annotated[int, Field(ge=0, lt=2**40), BeforeValidator(lambda count: 0 if count is None else count)]
 
 
 class PromptDetails(BaseModel):

@@ -35,7 +35,7 @@ class Transport:
         self._headers = {"Content-Type": "application/json"}
         self._key = ""
         if endpoint.api_key_env is not None:
-            self._key = _read_key(endpoint)
+            self._key = _read_key(endpoint.api_key_env, endpoint)
             self._headers["Authorization"] = f"Bearer {self._key}"
         self._timeout_seconds = endpoint.timeout_seconds
         self._session: aiohttp.ClientSession | None = None  # belongs to the event loop that first asks
@@ -104,8 +104,7 @@ class Transport:
         return self._session
 
 
-def _read_key(endpoint: JudgeEndpoint) -> str:
-    name = endpoint.api_key_env
+def _read_key(name: str, endpoint: JudgeEndpoint) -> str:
     key = os.environ.get(name, "")
     if not key:
         raise UserError(

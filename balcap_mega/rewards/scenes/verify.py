@@ -48,7 +48,7 @@ def verify(
         facts = _facts(claim, discourse, binding)
         true = facts is not None and all(scene.holds(fact) for fact in facts)
         if true and claim.attribute in RELATIONS:
-            told = (*claim.entities, claim.value)
+            told = [each for each in (*claim.entities, claim.value) if isinstance(each, Entity)]
             if related and all(_IMPLIED_BY[claim.attribute] in entity.stated for entity in told):
                 implied += 1
                 continue

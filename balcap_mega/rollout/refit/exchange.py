@@ -110,13 +110,15 @@ def all_to_all(send: Tensor, sends: list[int], received: Tensor, receives: list[
     The tensors travel as bytes, a dtype that every backend has.
     """
     size = send.element_size()
-    return torch.distributed.all_to_all_single(
+    work = torch.distributed.all_to_all_single(
         received.view(torch.uint8),
         send.view(torch.uint8),
         [elements * size for elements in receives],
         [elements * size for elements in sends],
         async_op=True,
     )
+    assert work is not None, "every rank is of the job's group"
+    return work
 
 
 def split_sizes(amounts: Iterable[tuple[int, int]]) -> list[int]:

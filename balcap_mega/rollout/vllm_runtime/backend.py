@@ -4,6 +4,7 @@ Importing this module imports vLLM; vLLM itself imports it by the name `REFIT_WO
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TypeVar
 
 from vllm.distributed.weight_transfer.base import (
@@ -44,7 +45,10 @@ class WeightTransferBackend(WeightTransferEngine[InitInfo, UpdateInfo]):
 class RefitWorker:
     """Methods that vLLM adds to its worker: the engine names this class as `worker_extension_cls`."""
 
+    # What the worker has. Without values, so that they do not stand in its way.
     weight_transfer_engine: WeightTransferBackend
+    start_weight_update: Callable[..., None]
+    finish_weight_update: Callable[[], None]
 
     def start_refit(self) -> None:
         if _WORKER_CALLS_BACKEND:

@@ -67,7 +67,7 @@ def scale_logits(engine, scale: float) -> None:
     def scaled(processor: torch.nn.Module, arguments: tuple, logits: torch.Tensor | None) -> torch.Tensor | None:
         return None if logits is None else logits.float().mul_(scale)  # None: as it was
 
-    def register(model: torch.nn.Module) -> None:
+    def register(model: Any) -> None:  # one of vLLM's multimodal models
         model.get_language_model().logits_processor.register_forward_hook(scaled)
 
     engine.apply_model(register)

@@ -49,7 +49,7 @@ def _use_gloo_instead_of_shared_memory() -> None:
 
     _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: str(os.getpid()))
     # Of no use where each rank drives its own engine, and left behind at the end of every run, with a warning.
-    MessageQueue.create_from_process_group = staticmethod(lambda *arguments, **options: None)
+    setattr(MessageQueue, "create_from_process_group", staticmethod(lambda *arguments, **options: None))  # noqa: B010
 
 
 @contextmanager

@@ -50,7 +50,8 @@ def lay_out(module: nn.Module, allocate: Allocate) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.is_meta:
             loadable = allocate(parameter.numel(), parameter.dtype).view(parameter.shape)
-            loadable.__class__, loadable.__dict__ = parameter.__class__, parameter.__dict__.copy()
+            loadable.__class__ = parameter.__class__
+            loadable.__dict__ = parameter.__dict__.copy()  # pyright: ignore[reportAttributeAccessIssue] (not final)
             setattr(module, name, loadable)
 
 

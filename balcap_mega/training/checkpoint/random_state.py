@@ -1,8 +1,9 @@
-"""The random generators of one rank, to and from a safetensors file: Python, NumPy, PyTorch, CUDA, Megatron's."""
+"""Saves the random generators of one rank to a safetensors file: Python's, NumPy's, PyTorch's, CUDA's, Megatron's."""
 
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ _TRACKER = "megatron."
 
 
 def save_random_state(path: Path) -> None:
-    """Call it where Megatron code is entered (`Platform.megatron`): on a CPU its generators are redirected."""
+    """Write the state of all generators. Call it inside `Platform.megatron`, which redirects Megatron's on a CPU."""
     python_version, python_words, python_gauss = random.getstate()
-    name, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
+    name, words, position, has_gauss, gauss = numpy_state
     tensors = {
         "python": torch.tensor(python_words, dtype=torch.int64),
         "numpy": torch.from_numpy(words.astype(np.int64)),
@@ -31,7 +33,7 @@ def save_random_state(path: Path) -> None:
 
 
 def load_random_state(path: Path) -> None:
-    """Put every generator back to where `save_random_state` found it."""
+    """Restore the state of every generator from a file of `save_random_state`."""
     with safe_open(path, framework="pt") as opened:
         scalars = json.loads(opened.metadata()["scalars"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not iterable itself)

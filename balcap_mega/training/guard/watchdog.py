@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -95,9 +96,8 @@ class Watchdog:
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.interval = min(LONGEST_INTERVAL, silence_seconds / BEATS)
         # A connection of its own: a wait on the job's would hold this one up.
-        self._store = torch.distributed.PrefixStore(
-            "watchdog", torch.distributed.distributed_c10d._get_default_store().clone()
-        )
+        job: Any = torch.distributed.distributed_c10d._get_default_store()
+        self._store = torch.distributed.PrefixStore("watchdog", job.clone())
         self._store.set_timeout(timedelta(seconds=silence_seconds))
         self._number = 0
         self._neighbour = (self.rank + 1) % self.world

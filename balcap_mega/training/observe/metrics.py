@@ -170,7 +170,7 @@ def _start_wandb(folder: Path) -> Any:
     wanted = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE"))
     if not wanted or importlib.util.find_spec("wandb") is None:
         return None
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports] (optional)
 
     identity = folder / "wandb_id"
     if not identity.exists():
