@@ -16,9 +16,9 @@ PHOTOGRAPH = 2.0
 """Megapixels of a picture on the disk. Assumed."""
 
 # Seconds on one core for each megapixel of the file, or of what is left of it; `benchmarks/images.py` measures them.
-DECODE = 8e-3
-SHRINK = 12e-3
-PROCESS = 36e-3
+DECODE = 9e-3
+SHRINK = 15e-3
+PROCESS = 27e-3
 
 
 @dataclass(frozen=True)
