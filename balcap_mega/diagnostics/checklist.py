@@ -92,7 +92,7 @@ def check_host(config: RunConfig | None, platform: Platform, locks: Path) -> Ite
 
 
 def check_ranks(platform: Platform, job: Job) -> Iterator[Finding]:
-    """Compute and communicate on all ranks, and say so on rank 0: once for all of them, then a line a node."""
+    """Measure compute and communication on all ranks. Rank 0 yields a finding for all of them, then one a node."""
     timings: list[collectives.RankTiming] = []
 
     @check("collectives")
@@ -142,7 +142,7 @@ def check_run(config: RunConfig, platform: Platform, job: Job, read: list[inputs
 
 
 def exchange(own: list[Finding], read: list[inputs.NodeInputs], job: Job) -> Iterator[Finding]:
-    """Hand this node's findings to rank 0, which yields those of the other nodes that are not ok.
+    """Send this node's findings to rank 0, which yields those of the other nodes that are not ok.
 
     read: what this node reads, if it could; rank 0 compares the nodes.
     """

@@ -1,4 +1,4 @@
-"""Real work on every rank: a matrix product, a message round the ring, an all-reduce; each timed, none waited for long.
+"""Times a matrix product, a message around the ring of ranks, and an all-reduce on every rank, each with a timeout.
 
 Under torchrun these are the job's own ranks, over all its nodes. Otherwise `measure_locally` starts ranks of this node:
 
@@ -37,7 +37,7 @@ NETWORK = (
 
 @dataclass(frozen=True)
 class RankTiming:
-    """What one rank measured, in seconds; `ring` is what came from the rank before it. `error` in place of numbers."""
+    """Seconds that one rank measured. ring: to receive from the rank before it. error: why there are no numbers."""
 
     rank: int
     node: str
@@ -60,7 +60,7 @@ class Sizes:
 
 
 def measure(platform: Platform, store: dist.Store, rank: int, world: int, timeout: float) -> list[RankTiming]:
-    """On every rank of a job at once; rank 0 gets all timings, the others their own.
+    """Measure on every rank of a job at once. Rank 0 returns all timings, the others their own.
 
     Raises UserError naming the ranks that did not come within `timeout` seconds.
     """
@@ -117,7 +117,8 @@ def _time_rank(platform: Platform, store: dist.Store, rank: int, world: int, tim
         )
 
     def all_reduce() -> list[dist.Work]:
-        return [dist.all_reduce(message, op=dist.ReduceOp.MAX, async_op=True)]
+        work = dist.all_reduce(message, op=dist.ReduceOp.MAX, async_op=True)
+        return [work] if work is not None else []
 
     def multiply() -> list[dist.Work]:
         torch.mm(matrix, matrix)
@@ -131,7 +132,7 @@ def _time_rank(platform: Platform, store: dist.Store, rank: int, world: int, tim
 
 
 def _timed(start: Callable[[], list[dist.Work]], device: torch.device, name: str, timeout: float) -> float:
-    """Seconds from `start()` until its works are complete. TimeoutError past `timeout`: a thread does the waiting."""
+    """Seconds from `start()` until its works are complete; a thread waits. Raises TimeoutError past `timeout`."""
 
     def work() -> None:
         try:
@@ -158,7 +159,7 @@ def _timed(start: Callable[[], list[dist.Work]], device: torch.device, name: str
 
 
 def judge_timings(timings: Sequence[RankTiming], platform: Platform) -> Finding:
-    """Whether all ranks computed and communicated, and as fast as the median one."""
+    """Whether all ranks could compute and communicate, and none much slower than the median rank."""
     if broken := [f"rank {t.rank} on {t.node}: {t.error}" for t in timings if t.error]:
         return fail(some(broken), NETWORK)
     world, size = len(timings), 4 * Sizes.on(platform).message
@@ -181,7 +182,7 @@ def judge_timings(timings: Sequence[RankTiming], platform: Platform) -> Finding:
 
 
 def describe_nodes(timings: Sequence[RankTiming], platform: Platform) -> list[Finding]:
-    """A line a node: what its slowest rank computes, and receives from the rank before it."""
+    """One line for each node: how fast its slowest ranks compute, and receive from the rank before them."""
     sizes = Sizes.on(platform)
     nodes: dict[str, list[RankTiming]] = defaultdict(list)
     for timing in timings:
@@ -198,7 +199,7 @@ def describe_nodes(timings: Sequence[RankTiming], platform: Platform) -> list[Fi
 
 
 def measure_locally(device: str, ranks: int, timeout: float) -> list[RankTiming]:
-    """`measure` on ranks of this node that are started for it. Raises UserError where they do not come to an end."""
+    """Start ranks on this node and `measure` on them. Raises UserError if they do not end in time."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "timings.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

@@ -1,4 +1,4 @@
-"""The GPUs of this node, as the driver's own management library (NVML) has them; nothing is allocated on them."""
+"""The GPUs of this node, by NVIDIA's management library (NVML), which allocates nothing on them."""
 
 from dataclasses import dataclass
 
@@ -35,8 +35,8 @@ class Gpu:
 
 
 def _read_gpus() -> list[Gpu]:
-    """Every device that PyTorch sees."""
-    import pynvml as nvml
+    """All devices that PyTorch sees."""
+    import pynvml as nvml  # pyright: ignore[reportMissingImports] (on GPU hosts)
 
     slowdowns = {
         "heat": nvml.nvmlClocksThrottleReasonHwThermalSlowdown | nvml.nvmlClocksThrottleReasonSwThermalSlowdown,
@@ -79,7 +79,7 @@ def _read_gpus() -> list[Gpu]:
 
 @check("GPUs")
 def check_present(config: RunConfig | None, platform: Platform, gpus: list[Gpu]) -> Finding:
-    """Are there GPUs, all alike, that can do what the run asks for? They are added to `gpus`."""
+    """Are there GPUs, all alike, that can do what the run asks for? Appends them to `gpus`."""
     if platform.is_cuda:
         gpus += _read_gpus()
     else:
@@ -116,7 +116,7 @@ def check_free_memory(gpus: list[Gpu]) -> Finding:
 
 @check("driver")
 def check_driver(gpus: list[Gpu]) -> Finding:
-    """Within one major version any driver runs any CUDA; an older major version cannot be run at all."""
+    """Is the driver's major version of CUDA at least PyTorch's? Minor versions need not match."""
     driver, supported = gpus[0].driver, gpus[0].driver_cuda
     detail = f"driver {driver} runs CUDA {supported[0]}.{supported[1]}, PyTorch was built with {torch.version.cuda}"
     if supported[0] < int(torch.version.cuda.split(".")[0]):

@@ -1,4 +1,4 @@
-"""What a run reads: its configuration, data, judge and checkpoint, each really used once."""
+"""Checks of a run's configuration, data, judge and checkpoint, each of which is used once."""
 
 import math
 import time
@@ -34,7 +34,7 @@ JUDGED_EACH = 2  # captions of each record
 
 @check("model")
 def check_fetched(config: RunConfig, fetched: list[RunConfig]) -> Finding:
-    """The configuration with a model of the Hub in a folder of this node is added to `fetched`."""
+    """Is the model here, or can the Hub's be fetched? Appends the configuration with its folder to `fetched`."""
     fetched.append(with_fetched_model(config))
     return ok(f"{config.model.path} at commit {fetched[0].model.revision} lies in {fetched[0].model.path}")
 
@@ -51,7 +51,7 @@ def check_config(config: RunConfig, world_size: int) -> Finding:
 
 @dataclass(frozen=True)
 class NodeInputs:
-    """What one node reads; `absent`: the first images that it lacks."""
+    """What one node reads. absent: the first images that it does not have."""
 
     node: str
     inputs: RunInputs
@@ -63,7 +63,7 @@ NODE_INPUTS = TypeAdapter(NodeInputs)
 
 @check("data")
 def check_data(config: RunConfig, records: list[CaptionRecord], read: list[NodeInputs]) -> Finding:
-    """The first records, decoded as the run decodes them, are added to `records`, what the node reads to `read`."""
+    """Do the first records decode? Appends them to `records`, and what this node has to `read`."""
     check_data_files(config.data)
     train, held_out = build_datasets(config.data, config.seed)
     refuse_too_few(config, len(train))
@@ -119,7 +119,7 @@ def check_prompts(config: RunConfig, records: list[CaptionRecord]) -> Finding:
 
 @check("judge")
 def check_judge(config: RunConfig, records: list[CaptionRecord]) -> Finding:
-    """A small question of each kind, for the latency; then whole judgements of the run's own pictures, for the rate."""
+    """Does the judge answer? Measures the latency of small questions, then its rate on the run's own pictures."""
     judge = MllmJudge(hurried_judge(config.rewards), sharers=1)
     try:
         start = time.monotonic()
@@ -143,7 +143,7 @@ def check_judge(config: RunConfig, records: list[CaptionRecord]) -> Finding:
 
 @check("rewards")
 def check_own_rewards(config: RunConfig) -> Finding:
-    """The check that each reward of one's own makes before a run."""
+    """Do the rewards of one's own pass the checks that they make before a run?"""
     own = build_own(config.rewards)
     for reward in own.values():
         reward.close()
@@ -151,7 +151,7 @@ def check_own_rewards(config: RunConfig) -> Finding:
 
 
 def hurried_judge(rewards: RewardConfig) -> RewardConfig:
-    """The same judge, asked once and not for long, and nothing remembered."""
+    """The same judge with a short timeout, without retries and cache."""
 
     def hurried(endpoint: JudgeEndpoint) -> JudgeEndpoint:
         seconds = min(JUDGE_SECONDS, endpoint.timeout_seconds)
@@ -181,7 +181,7 @@ def check_checkpoint(config: RunConfig) -> Finding:
 
 
 def count_parameters(folder: str) -> int | None:
-    """By config.json alone; None where that cannot be read, which `check_checkpoint` says better."""
+    """From config.json; None if that cannot be read, which is for `check_checkpoint` to report."""
     try:
         architecture = Architecture.from_folder(folder)
     except Exception:

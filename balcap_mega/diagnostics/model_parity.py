@@ -1,4 +1,4 @@
-"""The policy on Megatron, at one layout, held against transformers' own forward pass on the same checkpoint."""
+"""Compares the policy on Megatron, at one layout, with transformers' forward pass on the same checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ ROW_MULTIPLE = 128  # per tensor-parallel rank: what fp8 layers ask for
 
 @dataclass(frozen=True)
 class ModelParity:
-    """Largest absolute differences over `tokens` response tokens; logprobs are those of the tokens themselves."""
+    """Largest absolute differences over `tokens` response tokens, of all logits and of the tokens' own logprobs."""
 
     tokens: int
     logits: float
@@ -134,7 +134,7 @@ def _differences(logits: Tensor, model: ModelConfig, batch: _Batch, platform: Pl
 
 
 def _reference_logits(model: ModelConfig, batch: _Batch, platform: Platform) -> Iterator[Tensor]:
-    """[caption, V] logits of each caption, in the row's order, by transformers: a sequence at a time, no packing."""
+    """transformers' logits [tokens, V] of each caption, in the row's order, computed without packing one by one."""
     reference = AutoModelForImageTextToText.from_pretrained(
         model.path,
         dtype=platform.dtype(model.dtype),

@@ -1,4 +1,4 @@
-"""Installed versions against what this package asks for (setup.py, as installed) and against the lock file."""
+"""Compares installed versions with the requirements of setup.py (as installed) and with the lock file."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ PYTHONS = {"cpu": (3, 11), "cuda": (3, 12)}  # that the lock files are resolved 
 
 
 def requirements(extra: str = "") -> list[Requirement]:
-    """What setup.py asks for under that extra, or without one."""
+    """The requirements of setup.py under that extra, or those without any."""
     found = []
     for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
         if requirement.marker is None:
@@ -56,8 +56,8 @@ def check_requirements(stack: str) -> Finding:
 
 @check("lock")
 def check_lock(lock: Path, stack: str) -> Finding:
-    """warn about packages of other versions than `lock` names: they may work, but nobody has tried."""
-    pins = dict(LOCKED.fullmatch(line).groups() for line in lock.read_text().splitlines() if LOCKED.fullmatch(line))
+    """Are the versions those of `lock`? Others get a warning: they may work, but are not tested."""
+    pins = {found[1]: found[2] for line in lock.read_text().splitlines() if (found := LOCKED.fullmatch(line))}
     differing = [
         f"{name} {_version(name) or 'missing'} instead of {pinned}"
         for name, pinned in pins.items()

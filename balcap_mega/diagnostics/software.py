@@ -1,4 +1,4 @@
-"""The compiled packages that a run leans on, imported once: that they are installed does not say that they load."""
+"""Imports the compiled packages that a run needs: an installed package may still fail to load."""
 
 import importlib
 
@@ -15,7 +15,7 @@ ImportFailure = ImportError | OSError  # the second: a shared library that is no
 
 @check("vLLM")
 def check_vllm(platform: Platform) -> Finding:
-    """Is it built for the device that the run is on?"""
+    """Does it load, and is it built for the run's device?"""
     vllm = import_vllm()
     from vllm.platforms import current_platform
 
