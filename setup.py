@@ -54,6 +54,7 @@ setup(
         ],
         "flash": ["flash-attn==2.8.3"],  # built from source against the torch that is installed
         "test": [
+            "basedpyright==1.40.2",  # pyright whose wheels hold all it runs on: nothing is fetched from elsewhere
             "hypothesis==6.170.15",
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",

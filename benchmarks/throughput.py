@@ -173,7 +173,7 @@ def parts_gib(trainer: Trainer) -> dict[str, float | None]:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return {
         "weights": sum(parameter.nbytes for parameter in parameters) / 2**30,
-        "gradients": sum(parameter.main_grad.nbytes for parameter in trained) / 2**30,
+        "gradients": sum(vars(parameter)["main_grad"].nbytes for parameter in trained) / 2**30,
         "optimizer": trainer.learner.optimizer_offload.host_bytes / 2**30 or None,
     }
 

@@ -94,7 +94,7 @@ def build_optimizer(
         [model],
     )
     if config.precision_aware:
-        for part in built.chained_optimizers:
+        for part in built.chained_optimizers:  # pyright: ignore[reportAttributeAccessIssue] (the builder chains one)
             part.__class__ = PrecisionAwareOptimizer  # Megatron's builder knows no other class than its own
     for group in built.param_groups:
         # Megatron leaves this product to its learning-rate scheduler; without one, vectors would be decayed.
