@@ -162,7 +162,7 @@ def judge_of(
         from balcap_mega.rewards.mllm.measure import read_rate
 
         return None, read_rate(arguments.judge_measured).captions_per_second
-    gpus = arguments.judge_gpus or arguments.gpus_per_node
+    gpus = arguments.judge_gpus or max(arguments.gpus_per_node, 8)
     servers = JudgeServers.of(judge_model(arguments, config), gpus, planner.cluster, planner.workload)
     return servers, servers.captions_per_second(planner.workload)
 

@@ -23,17 +23,27 @@ from balcap_mega.planning.workload import Workload, pack_for
 from tests.support.plan_command import plan_command
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ("llava15_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_vl_32b", "qwen2_5_vl_72b", "qwen3_vl_8b")
+RECIPES = (
+    "llava15_7b",
+    "qwen2_5_vl_3b",
+    "qwen2_5_vl_3b_one_gpu",
+    "qwen2_5_vl_7b",
+    "qwen2_5_vl_32b",
+    "qwen2_5_vl_72b",
+    "qwen3_vl_8b",
+)
 
 
 def recipe(name: str, *overrides: str):
     return load_config(ROOT / "configs" / f"{name}.yaml", overrides)
 
 
-def nodes_of(name: str) -> int:
-    """How many nodes the recipe says it is for, where it names the command that chose its layout."""
-    text = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
-    return int(re.search(rf"plan\.py --config configs/{name}\.yaml --nodes (\d+) --search", text)[1])
+def cluster_of(name: str) -> Cluster:
+    """What the recipe says it is for, where it names the command that chose its layout."""
+    text = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
+    command = rf"plan\.py --config configs/{name}\.yaml --nodes (\d+) --search(?: --gpus-per-node (\d+))?`"
+    nodes, gpus = re.search(command, text).groups()
+    return Cluster(int(nodes), int(gpus or 8))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.source.split()[0]}: {row.name}")
@@ -47,7 +57,7 @@ def test_most_published_rows_are_held_out():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_laid_out_as_the_planner_says(name):
-    planner = Planner.of(recipe(name), Cluster(nodes_of(name)))
+    planner = Planner.of(recipe(name), cluster_of(name))
     chosen, found = planner.plan(Layout.of(planner.config)), search(planner)
     assert chosen.step_seconds <= 1.1 * found.plans[0].step_seconds, found.best.layout
     assert chosen.memory.fullest.total <= (1 - HEADROOM) * planner.cluster.gpu.memory

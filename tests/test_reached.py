@@ -22,14 +22,12 @@ EXCEPTIONS = {
         "balcap_mega/parallel/master_weights.py",
         "_get_main_param_and_optimizer_states _set_main_param_and_optimizer_states",
     ): "Megatron, of a DistributedOptimizer whose state it saves or loads",
-    ("balcap_mega/parallel/groups.py", "destroy_parallel"): "tests that set up one layout after another in a process",
     (
         "balcap_mega/rewards/scenes/discourse.py",
         "_on_token _on_pronoun _on_background _on_ground _on_place _on_adjective _on_reads _on_relation "
         "_on_noun_phrase",
     ): "the loop over a sentence's events, by the event's name",
     ("balcap_mega/rewards/judge.py", "utility"): "a run whose reward has that component, by the component's name",
-    ("balcap_mega/rollout/refit/refit.py", "sent_bytes"): "benchmarks/refit.py, which writes the whole report",
     (
         "balcap_mega/rollout/vllm_runtime/backend.py",
         "supports_draft_weight_update trainer_send_weights receive_weights shutdown",

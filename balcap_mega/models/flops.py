@@ -55,6 +55,10 @@ def language_parameters(architecture: Architecture) -> int:
     return architecture.num_layers * layer_weights(architecture) + head_weights(architecture)
 
 
+FLASH_PASSES = 3.5
+"""Flash attention's forward and backward pass, in forward passes."""
+
+
 def attention_forward(architecture: Architecture, pairs: float) -> float:
     """Of one layer: scores and their weighted sum, 4·d a head and pair. Flash attention's backward pass costs 2.5 times
     that, of which 2 are no recomputation."""

@@ -87,7 +87,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         if function is torch.Tensor.cuda:
             return args[0]
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return function(*args).replace("torch.cuda.", "torch.").replace("torch.", "torch.cuda.")
+            return "torch.cuda." + function(*args).rpartition(".")[2]
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": CPU}
         if function is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):

@@ -12,6 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from balcap_mega.config.schema import ParallelConfig
 from balcap_mega.parallel.host_memory import HostMemory
@@ -78,13 +79,13 @@ class OptimizerOffload:
             [*(p for group in optimizer.param_groups for p in group["params"]), *_tensors(optimizer.state)]
             for optimizer in inner
         )
-        kept = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+        kept = {StorageWeakRef(parameter.untyped_storage()) for parameter in self._model.parameters()}
         found = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+            StorageWeakRef(tensor.untyped_storage()): tensor.untyped_storage()
             for tensor in tensors
             if tensor.device == self._device and tensor.numel()
         }
-        return [storage for address, storage in found.items() if address not in kept]
+        return [storage for identity, storage in found.items() if identity not in kept]
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of uint8 views of equal length: (in host memory, on the device)."""

@@ -62,8 +62,8 @@ class Compute:
         return self.moved(3 * BF16 * work.tokens * self.architecture.hidden_size) + self._exposed(work, 2)
 
     def vision(self, images: float) -> float:
-        """The frozen tower's forward pass over images, which the tensor-parallel ranks share out."""
-        flops = images / self.tensor * vision_forward(self.architecture, self.image_tokens)
+        """Seconds of the frozen tower's forward pass over the images of one tensor-parallel rank (`Rows.encoded`)."""
+        flops = images * vision_forward(self.architecture, self.image_tokens)
         return flops / (self.cluster.gpu.matmul * self.cluster.efficiency.gemm)
 
     def moved(self, size: float) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -56,9 +56,11 @@ class JudgeServers:
     def of(cls, model: str, gpus: int, cluster: Cluster, workload: Workload) -> "JudgeServers":
         """The fastest way to cut that model over the GPUs of one node each.
 
+        The judge stands elsewhere: its nodes have eight GPUs, where those of `cluster` have fewer.
         Raises UserError for a model that is not a released one, or that does not fit.
         """
         architecture = released_architecture(model)
+        cluster = replace(cluster, gpus_per_node=max(cluster.gpus_per_node, Cluster.gpus_per_node))
         sizes = [size for size in (1, 2, 4, 8, 16) if size <= min(gpus, cluster.gpus_per_node) and gpus % size == 0]
         servers = [cls(model, architecture, cluster, gpus, size) for size in sizes]
         fitting = [each for each in servers if each.cache_tokens > AT_ONCE]

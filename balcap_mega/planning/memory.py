@@ -174,6 +174,13 @@ def pinned_bytes(sizes: Sequence[float]) -> float:
     return sum(2.0 ** math.ceil(math.log2(size)) for size in large) + math.ceil(small / (20 * 2**20)) * 2**25
 
 
+def refit_bytes(config: RunConfig, counts: ParameterCounts) -> float:
+    """Bytes that a refit writes into one rank of the engine, in bf16 whatever the engine makes of them."""
+    if not config.model.freeze_vision:
+        return BF16 * counts.engine(config.rollout.tensor_parallel)
+    return BF16 * sum(stage.language for stage in counts.stages(config.rollout.tensor_parallel, 1))
+
+
 def engine_weight_bytes(config: RunConfig, architecture: Architecture, counts: ParameterCounts) -> float:
     """Weights of one rank of the engine; in FP8 those of the decoder's linears are a byte each."""
     elements = counts.engine(config.rollout.tensor_parallel)

@@ -18,7 +18,7 @@ from balcap_mega.planning.compute import Compute
 from balcap_mega.planning.generation import Generation
 from balcap_mega.planning.hardware import GIB, Cluster
 from balcap_mega.planning.layout import Layout
-from balcap_mega.planning.memory import Memory, Moment, engine_weight_bytes, predict_memory
+from balcap_mega.planning.memory import Memory, Moment, predict_memory, refit_bytes
 from balcap_mega.planning.optimizer import OptimizerBytes
 from balcap_mega.planning.parameters import ParameterCounts
 from balcap_mega.planning.pictures import PictureWork
@@ -180,7 +180,7 @@ class Planner:
         )
         updates = self.workload.updates
         parts = {name: updates * seconds for name, seconds in passes.update(rows).items()}
-        vision = updates * compute.vision(rows.total.images) / self.cluster.efficiency.rows
+        vision = updates * compute.vision(rows.encoded(parallel.tensor)) / self.cluster.efficiency.rows
         logprobs = updates * self.workload.forward_passes * passes.forward(rows)
         return {"vision": vision, "logprobs": logprobs, **parts}
 
@@ -199,9 +199,9 @@ class Planner:
         judged = self.workload.captions / self.captions_per_second if self.captions_per_second else 0.0
         # The optimizer's state goes and comes; the engine's weights do, as it falls asleep and wakes up.
         host = memory.swapped / cluster.gpu.host
-        parallel, engine = config.parallel, engine_weight_bytes(config, self.architecture, self.counts)
+        parallel = config.parallel
         stride = parallel.tensor * rows.data_size if parallel.pipeline > 1 else 1
-        transfer = engine / cluster.bandwidth(parallel.pipeline, stride)
+        transfer = refit_bytes(config, self.counts) / cluster.bandwidth(parallel.pipeline, stride)
         own = {"rollout": rollout, "swap": host, "rewards": 0.0, "update": update, "refit": host + transfer}
         return own | {"rewards": max(judged - self._judge_has(config, own), 0.0)}
 

@@ -153,6 +153,7 @@ class Rows:
     largest:    the one with the most tokens
     data_size:  data-parallel ranks
     imbalance:  this rank's work over the mean rank's
+    rank:       which of them it is
     """
 
     count: int
@@ -160,6 +161,11 @@ class Rows:
     largest: Work
     data_size: int = 1
     imbalance: float = 1.0
+    rank: int = 0
+
+    def encoded(self, tensor: int) -> int:
+        """How many images the busiest of `tensor` tensor-parallel ranks encodes: those of each row are dealt out."""
+        return self.count * math.ceil(self.total.images / self.count / tensor)
 
 
 @lru_cache(maxsize=1024)
@@ -179,13 +185,16 @@ def pack(workload: Workload, config_rows: tuple[int, int, int, int]) -> Rows:
         shared_prefix=workload.shared_prefix,
     )
     ranks = [[_work(row, groups, pad_to) for row in rows] for rows in assignment.rows]
-    costliest = max(ranks, key=lambda rows: sum(6 * hidden_size * row.tokens + row.pairs for row in rows))
+    work = [sum(6 * hidden_size * row.tokens + row.pairs for row in rows) for rows in ranks]
+    rank = work.index(max(work))
+    costliest = ranks[rank]
     return Rows(
         len(costliest),
         reduce(add, costliest),
         max(costliest, key=lambda row: row.tokens),
         data_size,
         assignment.imbalance,
+        rank,
     )
 
 

@@ -132,6 +132,12 @@ class Family(ABC):
         """Embeddings of an image where nothing was measured: of the one size, or of about a megapixel."""
 
     @abstractmethod
+    def picture(
+        self, config: PretrainedConfig, image_tokens: int
+    ) -> tuple[tuple[int, ...], tuple[int, int, int] | None]:
+        """The shapes of a picture of that many embeddings: of `VisionInputs.pixel_values`, and its `image_grid_thw`."""
+
+    @abstractmethod
     def vision_flops(self, config: PretrainedConfig, image_tokens: int) -> float:
         """Forward, for one image of that many embeddings; a multiply-add is two."""
 

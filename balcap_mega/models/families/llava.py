@@ -201,6 +201,10 @@ class Llava(Family):
     def image_tokens(self, config: PretrainedConfig) -> int:
         return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
+    def picture(self, config: PretrainedConfig, image_tokens: int) -> tuple[tuple[int, ...], None]:
+        side = config.vision_config.image_size
+        return (1, 3, side, side), None
+
     def vision_flops(self, config: PretrainedConfig, image_tokens: int) -> float:
         patches, depth = image_tokens + 1, _feature_depth(config)
         flops = 0.0

@@ -1,5 +1,6 @@
 """What the Qwen-VL families share: tokens, chat template, patches, the tower's inputs, multimodal rotary positions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -84,6 +85,14 @@ class QwenVL(Family):
     def image_tokens(self, config: PretrainedConfig) -> int:
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
         return MEGAPIXEL // side**2
+
+    def picture(self, config: PretrainedConfig, image_tokens: int) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+        vision = config.vision_config
+        merge = vision.spatial_merge_size
+        rows = max(side for side in range(1, math.isqrt(image_tokens) + 1) if image_tokens % side == 0)
+        grid = (1, rows * merge, image_tokens // rows * merge)
+        channels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return (math.prod(grid), channels), grid
 
 
 class QwenVisionTower(VisionTower):
