@@ -134,7 +134,7 @@ def test_files_of_the_version_before_are_still_read_and_of_a_later_one_are_refus
     lines = [json.dumps(each).encode() + b"\n" for each in (header | {"version": 1}, *groups)]
     step_file(tmp_path, 1).write_bytes(gzip.compress(b"".join(lines)))
     text = "\n".join(as_text(find(tmp_path, 1, None, False)))
-    assert DATASET[1].reference in text and "engine -2.0000" in text
+    assert DATASET[1].reference in text and "engine -2.000" in text
     assert not any(word in text for word in ("trainer", "staleness", "covered: ", "missed: "))
     write_page(tmp_path / "page.html", "run", "Captions", find(tmp_path, 1, None, False), DATASET)
     later = json.dumps(header | {"version": 3}).encode() + b"\n"
@@ -211,8 +211,8 @@ def test_captions_are_found_and_shown(tmp_path):
     assert rewards == sorted(rewards) and len(worst) == 8
     text = "\n".join(as_text(worst))
     assert DATASET[1].reference in text and "brevity" in text and "not pointable: " in text
-    assert "engine -0.7000, trainer 0.0000" in text and "staleness 0.14" in text
-    assert f"missed: {DATASET[1].units[0]}" in text and f"covered: {DATASET[1].units[0]}" in text
+    assert "engine -0.700, trainer 0.000" in text and "staleness 0.14" in text
+    assert "missed: " + "; ".join(DATASET[1].units) in text and "covered: " + "; ".join(DATASET[1].units) in text
     with pytest.raises(UserError, match="nobody"):
         find(tmp_path, 1, "nobody", False)
 

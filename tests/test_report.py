@@ -21,7 +21,9 @@ from balcap_mega.training.folder import RunFolder
 from balcap_mega.training.heldout import HeldOutCaption, HeldOutResult
 from balcap_mega.training.observe.charts import Curve, line_chart, stacked_chart
 from balcap_mega.training.observe.metrics import MetricsLogger
-from balcap_mega.training.observe.report import score_rows, score_words, spans, write_report
+from balcap_mega.training.observe.pages import score_words, spans
+from balcap_mega.training.observe.report import charts, score_rows, write_report
+from balcap_mega.training.observe.speed import TOKENS
 
 HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(1)> \"'&amp; {{ 7 * 7 }}"
 STEP = {
@@ -146,6 +148,18 @@ def test_no_verdicts_no_captions_no_steps(report):
     assert page.text.count("No text") == 8
     assert page.text.count("not judged") == 2 * 8 * 2
     assert not any(tag == "svg" for tag, _ in page.tags)
+
+
+def test_speed_and_staleness_have_curves_where_every_step_has_them():
+    def titles(*rows: dict, ahead: int = 0) -> set[str]:
+        config = RunConfig.model_validate({"output_dir": "x", "model": {"tiny": "llava"}, "rollout": {"ahead": ahead}})
+        return {chart.title for chart in charts([STEP | row | {"step": n} for n, row in enumerate(rows, 1)], config)}
+
+    fast = {f"{TOKENS}/sample": 9.0, "rollout/staleness": 0.0, "rollout/staleness_max": 0.0}
+    peak = {"mfu/update": 0.4, "mfu/step": 0.3}
+    assert titles(fast, fast) - titles({}, fast) == {"Tokens a second and GPU"}
+    assert titles(fast, ahead=1) - titles(fast) == {"Staleness"}
+    assert titles(fast | peak) - titles(fast) == {"Model FLOPs utilisation"}
 
 
 @given(

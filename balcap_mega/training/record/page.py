@@ -9,17 +9,16 @@ from balcap_mega.data.records import CaptionDataset, CaptionRecord
 from balcap_mega.errors import UserError
 from balcap_mega.training.folder import RunFolder, write_text
 from balcap_mega.training.heldout import HeldOutResult, read_result
-from balcap_mega.training.observe.report import (
-    SAMPLES,
+from balcap_mega.training.observe.pages import (
     VERDICTS,
     WORDS,
     ShownCaption,
     data_url,
-    held_out,
     score_words,
     template,
     units,
 )
+from balcap_mega.training.observe.report import SAMPLES
 from balcap_mega.training.record.format import RecordedCaption, RecordedGroup, read_step, steps_on_record
 
 logger = logging.getLogger(__name__)
@@ -69,29 +68,33 @@ def as_text(found: Iterable[Found]) -> Iterator[str]:
         yield f"step {each.step}  {each.group.record}"
         for caption in each.captions:
             yield f"  [{caption.number}] {caption.text}"
-            yield "      " + ", ".join(f"{name} {value}" for name, value in facts(caption))
+            for line in (_scores(caption), _numbers(caption)):
+                yield "      " + ", ".join(f"{name} {value}" for name, value in line)
             for assertion in caption.judgement.assertions or ():
                 yield f"      {WORDS[assertion.verdict]}: {assertion.text}"
-            for unit in units(caption.judgement):
-                yield f"      {'covered' if unit.covered else 'missed'}: {unit.text}"
+            for name, covered in (("covered", True), ("missed", False)):
+                if texts := [unit.text for unit in units(caption.judgement) if unit.covered is covered]:
+                    yield f"      {name}: {'; '.join(texts)}"
 
 
-def facts(caption: RecordedCaption) -> list[tuple[str, str]]:
-    """What is known of a caption besides its text, (name, value)."""
-    advantages = ", ".join(f"{name} {value:+.2f}" for name, value in caption.advantages.items())
+def _scores(caption: RecordedCaption) -> list[tuple[str, str]]:
+    """What it was worth, (name, value)."""
     return [
         *score_words(caption.judgement, caption.components),
-        ("advantage", f"{caption.advantage:+.2f} ({advantages})"),
-        ("length ratio", f"{caption.length_ratio:.2f}{', gated' if caption.gated else ''}"),
-        ("logprob a token", _logprobs(caption)),
-        *([] if caption.staleness is None else [("staleness", f"{caption.staleness:.2g}")]),
-        *([] if caption.finished else [("cut", f"at {len(caption.token_ids)} tokens")]),
+        ("advantage", f"{caption.advantage:+z.2f}"),
+        ("by component", ", ".join(f"{name} {value:+z.2f}" for name, value in caption.advantages.items())),
     ]
 
 
-def _logprobs(caption: RecordedCaption) -> str:
-    engine, trained = f"engine {caption.mean_logprob:.4f}", caption.trained_logprob
-    return engine if trained is None else f"{engine}, trainer {trained:.4f}"
+def _numbers(caption: RecordedCaption) -> list[tuple[str, str]]:
+    """What else is known of it; what is not is left out."""
+    engine, trained = f"engine {caption.mean_logprob:.3f}", caption.trained_logprob
+    return [
+        ("length ratio", f"{caption.length_ratio:.2f}{', gated' if caption.gated else ''}"),
+        ("logprob a token", engine if trained is None else f"{engine}, trainer {trained:.3f}"),
+        *([] if caption.staleness is None else [("staleness", f"{caption.staleness:.2g}")]),
+        *([] if caption.finished else [("cut", f"at {len(caption.token_ids)} tokens")]),
+    ]
 
 
 def write_page(path: Path, name: str, title: str, found: Sequence[Found], dataset: CaptionDataset | None) -> None:
@@ -100,7 +103,10 @@ def write_page(path: Path, name: str, title: str, found: Sequence[Found], datase
     for each in found[:MOST_CARDS]:
         captions = [
             ShownCaption.of(
-                f"Step {each.step}, caption {caption.number}", caption.text, caption.judgement, facts(caption)
+                f"Step {each.step}, caption {caption.number}",
+                caption.text,
+                caption.judgement,
+                [*_scores(caption), *_numbers(caption)],
             )
             for caption in each.captions
         ]
@@ -124,7 +130,7 @@ def write_changes(
     for place, first in enumerate(before.captions[:SAMPLES]):
         same = [(when, result.captions[place]) for when, result in moments if place < len(result.captions)]
         record = dataset[first.record_index]
-        cards.append(_card(record.id, record, [held_out(when, caption) for when, caption in same]))
+        cards.append(_card(record.id, record, [ShownCaption.held_out(when, caption) for when, caption in same]))
     _write(folder.changes, folder.root.resolve().name, "How captions changed", "The same held-out images.", cards)
     return folder.changes.name
 
