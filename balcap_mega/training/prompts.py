@@ -140,7 +140,7 @@ class Prompts(Sequence[CaptionRecord]):
         """From here on the record is the step's: now its unreadable pictures count."""
         record = self.dataset.take(reading) if isinstance(self.dataset, ImageFileDataset) else reading.record
         self._pictures.recent.add((id(self.dataset), self.indices[place]), record)
-        return record
+        return record  # pyright: ignore[reportReturnType] (a reading lacks its record only if it is of image files)
 
 
 class _Batch:
