@@ -167,10 +167,11 @@ def resume_and_go_on(folder: Path, target: Path, layout: dict) -> Outcome:
 
 TIED = {"family": "qwen2_5_vl", "tie_word_embeddings": True, "text_config": {"num_hidden_layers": 3}}
 LLAVA = {"family": "llava", "text_config": {"num_hidden_layers": 3}}
+BUCKETS = {"tensor": 1, "overlap_grad_reduce": True, "bucket_size": 60_000}  # about nine of them
 # Which checkpoint is saved at which layout, and at which ones it is resumed.
 CASES = (
     (TIED, {"tensor": 2, "pipeline": 2}, ({"tensor": 2, "pipeline": 2}, {"tensor": 4}, {"pipeline": 2})),
-    (LLAVA, {"tensor": 1}, ({"tensor": 1}, {"tensor": 2, "pipeline": 2})),
+    (LLAVA, BUCKETS, (BUCKETS, {"tensor": 2, "pipeline": 2})),
     (LLAVA, {"tensor": 2, "distributed_optimizer": False}, ({"tensor": 2, "distributed_optimizer": False},)),
 )
 

@@ -112,6 +112,7 @@ class CheckpointWriter:
                     TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
                     parallel_state.get_data_parallel_group(),
                 ),
+                validate_access_integrity=False,  # the strategy asks all ranks for it anyway
                 async_sharded_save=True,
                 content_metadata=dict(CONTENT),
             )
