@@ -204,7 +204,7 @@ class _NormedColumnLinear(ColumnParallelLinear):
         self.layer_norm_weight = torch.nn.Parameter(
             torch.empty(input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue] (Megatron reads it)
 
     def forward(self, states: Tensor, *args, **options):
         return super().forward(_FusedNorm.apply(states, self.layer_norm_weight), *args, **options)

@@ -19,13 +19,13 @@ from balcap_mega.training.microbatch import Microbatch
 def name_tensors(learner: Learner, ledger: Ledger) -> None:
     """Weights, gradients and optimizer by what they are, whoever allocated them."""
     ledger.name(_of_optimizer(learner), "optimizer")
-    ledger.name((p.main_grad for p in learner.policy.parameters() if hasattr(p, "main_grad")), "gradients")
+    ledger.name((p.main_grad for p in learner.policy.parameters() if hasattr(p, "main_grad")), "gradients")  # pyright: ignore[reportAttributeAccessIssue] (Megatron's)
     ledger.name(learner.policy.parameters(), "weights")
     ledger.name(learner.policy.buffers(), "weights")
 
 
 def _of_optimizer(learner: Learner) -> Iterator:
-    for part in learner.optimizer.chained_optimizers:
+    for part in learner.optimizer.chained_optimizers:  # pyright: ignore[reportAttributeAccessIssue] (the builder chains one)
         for group in part.optimizer.param_groups:
             yield from group["params"]
         for state in part.optimizer.state.values():
