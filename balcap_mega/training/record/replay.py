@@ -7,7 +7,7 @@ checkpoint: the first step, and each that follows a checkpoint still in the fold
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ OFF_POLICY = ("rollout/logprob_difference", "rollout/staleness")
 @dataclass(frozen=True)
 class Replayed:
     """recorded: the row of metrics.jsonl, empty where the step was not finished; metrics: of the replay
-    updates: the replay's, one by one
+    updates: the replay's, one by one, without the tokens' logprobs
     """
 
     recorded: Mapping[str, float]
@@ -118,7 +118,7 @@ def replay(root: Path, step: int, overrides: Sequence[str] = ()) -> Replayed:
     metrics = step_metrics(groups, rewards, advantages, batches.assignments, updates, seconds)
     if config.rollout.ahead:
         metrics = {name: value for name, value in metrics.items() if not name.startswith(OFF_POLICY)}
-    return Replayed(row, metrics, updates)
+    return Replayed(row, metrics, [replace(update, old_logprobs=()) for update in updates])
 
 
 def replayable(folder: RunFolder, step: int) -> Path | None:
