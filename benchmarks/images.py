@@ -43,6 +43,7 @@ from balcap_mega.data.files import ImageFileDataset, ImageRow
 from balcap_mega.data.images import DaliDecoder, ImageDecoder, PilDecoder, shrink
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.data.sources import DALI_TOGETHER
+from balcap_mega.models.families import FAMILIES
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.tiny import write_tiny_checkpoint
 from balcap_mega.planning.hardware import Cluster
@@ -260,6 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="an eighth of a step, fewer repeats: under two minutes")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "qwen2_5_vl_7b.yaml")
+    parser.add_argument("--family", choices=FAMILIES, default=next(iter(FAMILIES)), help="whose processor")
     parser.add_argument("--rate", type=float, default=1.0, help="of a rank's pictures")
     parser.add_argument("--only-hidden", action="store_true", help="the share that a step hides, and nothing else")
     parser.add_argument("--nodes", type=int, default=1)
@@ -268,7 +270,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        processor = PromptProcessor(write_tiny_checkpoint(folder, "qwen2_5_vl", [PROMPT]))
+        processor = PromptProcessor(write_tiny_checkpoint(folder, options.family, [PROMPT]))
         count = 16 if options.quick else 96
         results = {"of a step's work on pictures, a rank": hidden(processor, options)}
         if not options.only_hidden:

@@ -8,6 +8,7 @@ from transformers import AutoProcessor
 
 from balcap_mega.data.records import CaptionRecord
 from balcap_mega.errors import UserError
+from balcap_mega.models.families.llava import Llava
 from balcap_mega.models.huggingface.transfer import _copy_companions
 from balcap_mega.models.processing import PromptProcessor
 from balcap_mega.models.squares import pad_to_square
@@ -51,7 +52,7 @@ def test_a_policy_of_padded_pictures_is_exported_with_a_processor_that_pads(tiny
     """Read by transformers alone, the exported folder yields the pixels that the policy was trained on."""
     source, folder = tiny_checkpoint("llava"), tmp_path / "exported"
     folder.mkdir()
-    _copy_companions(source, folder, torch.float32, pad_to_square=True)
+    _copy_companions(source, folder, torch.float32, Llava.padding_processor)
     record = objects_at_both_sides()
     trained_on = PromptProcessor(source, pad_to_square=True)(record).vision.pixel_values
     inputs = AutoProcessor.from_pretrained(folder)(images=record.image, text="<image>", return_tensors="pt")

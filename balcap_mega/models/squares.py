@@ -30,13 +30,13 @@ def pad_to_square(image: Image.Image, image_processor: Any) -> Image.Image:
     return square
 
 
-def let_processor_pad(folder: Path) -> None:
-    """Have the Hugging Face processor in `folder` lay pictures on a square itself, as `LlavaImageProcessor` can."""
+def let_processor_pad(folder: Path, padding_processor: str) -> None:
+    """Have the Hugging Face processor in `folder` lay pictures on a square itself (`Family.padding_processor`)."""
     for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         section = config.get("image_processor", config)  # a file of its own until transformers 5
         if "image_processor_type" in section:
-            section |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+            section |= {"image_processor_type": padding_processor, "do_pad": True}
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -63,6 +63,7 @@ class Family(ABC):
     vision_modules:  the modules, by vLLM's names, of the vision tower and of what projects it
     vision_data_parallel: vLLM gives whole images to single ranks instead of cutting the tower over them
     media_tokens:    special tokens that no caption may hold, beside the media tokens that config.json names
+    padding_processor: transformers' image processor that lays pictures on a square, for a family that sees squares
     released:        config.json of the released checkpoints, by name, as on the Hugging Face hub
     """
 
@@ -75,6 +76,7 @@ class Family(ABC):
     vision_modules: ClassVar[tuple[str, ...]]
     vision_data_parallel: ClassVar[bool] = False
     media_tokens: ClassVar[tuple[str, ...]] = ()
+    padding_processor: ClassVar[str | None] = None
     released: ClassVar[Mapping[str, dict[str, Any]]]
 
     # What config.json says.

@@ -125,6 +125,7 @@ class Llava(Family):
         (r"^vision_tower\.(?!vision_model\.)", TOWER),
     )
     vision_modules = ("vision_tower", "multi_modal_projector")
+    padding_processor = "LlavaImageProcessor"
     released: ClassVar = {
         "LLaVA-1.5-7B": _released(4096, 11008, 32, 32),
         "LLaVA-1.5-13B": _released(5120, 13824, 40, 40),

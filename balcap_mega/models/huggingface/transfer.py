@@ -114,7 +114,9 @@ def export_checkpoint(
         weight_map = {name: shard.name for shard in shards for name in shard.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _copy_companions(source, partial, dtype, pad_to_square=pad_to_square)
+        _copy_companions(
+            source, partial, dtype, policy.architecture.family.padding_processor if pad_to_square else None
+        )
         partial.rename(folder)
     torch.distributed.barrier()
 
@@ -200,8 +202,11 @@ def _assemble(
     return tensor.view(shape) if is_writer else None
 
 
-def _copy_companions(source: Path, folder: Path, dtype: torch.dtype, *, pad_to_square: bool = False) -> None:
-    """Everything beside the weights; config.json says which dtype they have now, the processor whether it pads."""
+def _copy_companions(source: Path, folder: Path, dtype: torch.dtype, padding_processor: str | None = None) -> None:
+    """Everything beside the weights; config.json says which dtype they have now.
+
+    padding_processor: the image processor that shall pad pictures to squares for whoever loads the folder
+    """
     for file in sorted(source.iterdir()):
         if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name != INDEX_FILE:
             shutil.copyfile(file, folder / file.name)
@@ -212,8 +217,8 @@ def _copy_companions(source: Path, folder: Path, dtype: torch.dtype, *, pad_to_s
             if key in section:
                 section[key] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if pad_to_square:
-        let_processor_pad(folder)
+    if padding_processor is not None:
+        let_processor_pad(folder, padding_processor)
 
 
 def _blocks(
